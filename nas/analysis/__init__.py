@@ -1,0 +1,1 @@
+"""What an architecture looks like and costs: topology, complexity, pictures."""

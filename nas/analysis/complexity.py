@@ -1,0 +1,206 @@
+"""What a network costs: parameters and multiply-accumulates, in total, by section and by cell.
+
+Everything is read off the network itself, built on the ``meta`` device, where tensors have shapes but no
+values: no weights are drawn, and the kernels of ``search_spaces.kernels`` never take their CPU form, so each
+convolution and linear layer runs as the module it is and a forward hook sees it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from nas.model_file import ModelSpec
+from search_spaces.genotype import Genotype, StageGenotype
+from search_spaces.network import parameter_count
+
+
+@dataclass(frozen=True)
+class SectionCost:
+    """Cost of a part of the network: "stem", "section 1" (or "stage 1"), ..., "classifier"."""
+
+    name: str
+    parameters: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class CellCost:
+    """Cost of one cell: its place (from 0), kind, filters per node and section (from 1)."""
+
+    index: int
+    kind: str
+    channels: int
+    section: int
+    parameters: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Complexity:
+    """Parameters as deployed and multiply-accumulates of one image; sections (and cells, if any) in order.
+
+    The sections add up to the totals.
+    """
+
+    parameters: int
+    macs: int
+    sections: tuple[SectionCost, ...]
+    cells: tuple[CellCost, ...]
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain lists and dictionaries, as written to JSON."""
+        return {
+            "parameters": self.parameters,
+            "macs": self.macs,
+            "sections": [asdict(section) for section in self.sections],
+            "cells": [asdict(cell) for cell in self.cells],
+        }
+
+
+def complexity(spec: ModelSpec) -> Complexity:
+    """The cost of the network of ``spec``.
+
+    MACs count convolutions and linear layers, as is usual; normalisation, pooling and additions are left out.
+    Masked weights count as multiplied, since dense kernels multiply them.
+    """
+    model = _without_weights(spec)
+    parameters = _parameters_by_name(model)
+    macs = _macs_by_layer(model, spec.input_shape)
+    sections = _sections(spec, model)
+    section_parameters, section_macs = _by_section(parameters, sections), _by_section(macs, sections)
+    # Parameters come in the order of the network; a section without any (a quantised one) follows at the end.
+    names = dict.fromkeys([*section_parameters, *section_macs])
+    return Complexity(
+        sum(parameters.values()),
+        sum(macs.values()),
+        tuple(SectionCost(name, section_parameters[name], section_macs[name]) for name in names),
+        _cells(spec, parameters, macs),
+    )
+
+
+def parameters_of(spec: ModelSpec) -> int:
+    """Parameters of the network of ``spec`` as deployed. Draws no weights: fit for a rejection sampler."""
+    return parameter_count(_without_weights(spec))
+
+
+def nonzero_parameters(model: nn.Module) -> int:
+    """Parameters of ``model`` as deployed, less the weights that masks hold at zero.
+
+    A mask is a parametrisation with a buffer ``mask`` of the weight's shape. Weights that merely happen to be
+    zero are counted: nothing keeps them there.
+    """
+    masked = 0
+    for name, module in model.named_modules():
+        if name.startswith("auxiliary.") or not parametrize.is_parametrized(module):
+            continue
+        for parametrisations in module.parametrizations.values():  # type: ignore[union-attr, operator]
+            masks = [mask for one in parametrisations if isinstance(mask := getattr(one, "mask", None), Tensor)]
+            if masks:
+                # Several rounds of pruning: a weight lives if every mask keeps it.
+                alive = torch.stack([mask != 0 for mask in masks]).all(0)
+                masked += alive.numel() - int(alive.sum())
+    return parameter_count(model) - masked
+
+
+def _macs_by_layer(model: nn.Module, input_shape: tuple[int, int, int]) -> dict[str, int]:
+    """Multiply-accumulates of one image of ``input_shape`` (C, H, W), by name of convolution or linear layer.
+
+    ``model`` is on the ``meta`` device and in eval mode. A layer that runs more than once counts each time.
+    """
+    macs: Counter[str] = Counter()
+    with _hooks(model, macs), torch.no_grad():
+        model(torch.empty(1, *input_shape, device="meta"))
+    return dict(macs)
+
+
+@contextmanager
+def _hooks(model: nn.Module, macs: Counter[str]) -> Iterator[None]:
+    """Count into ``macs`` while the context lasts."""
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+
+            def count(layer: nn.Module, _: Any, output: Tensor, name: str = name) -> None:
+                # Each output value is a sum over the inputs its row of the weight joins: all but axis 0.
+                weight = layer.weight
+                assert isinstance(weight, Tensor)
+                macs[name] += output.numel() * weight.shape[1:].numel()
+
+            handles.append(module.register_forward_hook(count))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _without_weights(spec: ModelSpec) -> nn.Module:
+    with torch.device("meta"):
+        return spec.build().eval()
+
+
+def _parameters_by_name(model: nn.Module) -> dict[str, int]:
+    """As ``parameter_count``, by name."""
+    return {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters()
+        if not name.startswith("auxiliary.") and torch.is_floating_point(parameter)
+    }
+
+
+def _sections(spec: ModelSpec, model: nn.Module) -> dict[str, str]:
+    """The section of every cell ("cells.0") or layer of a chain ("features.0")."""
+    genotype = spec.genotype
+    if isinstance(genotype, Genotype):
+        placed = genotype.layout.place(spec.cells, spec.channels)
+        return {f"cells.{index}": f"section {place.section + 1}" for index, place in enumerate(placed)}
+    return _stages(genotype, model)
+
+
+def _stages(genotype: StageGenotype, model: nn.Module) -> dict[str, str]:
+    """The stage of each layer of a chain: the n-th convolution begins the n-th layer of the genotype."""
+    features = model.get_submodule("features") if hasattr(model, "features") else nn.Sequential()
+    stage_of_layer = [stage for stage, depth in enumerate(genotype.depths, start=1) for _ in range(depth)]
+    convolutions = sum(isinstance(child, nn.Conv2d) for child in features.children())
+    if convolutions != len(stage_of_layer):
+        return {}
+    sections, layer = {}, 0
+    for name, child in features.named_children():
+        layer += isinstance(child, nn.Conv2d)
+        sections[f"features.{name}"] = f"stage {stage_of_layer[max(layer, 1) - 1]}"
+    return sections
+
+
+def _section_of(name: str, sections: dict[str, str]) -> str:
+    """The section of a layer or parameter; the parts outside cells and chains, as the stem, are their own."""
+    first, _, rest = name.partition(".")
+    return sections.get(f"{first}.{rest.partition('.')[0]}", first)
+
+
+def _by_section(costs: dict[str, int], sections: dict[str, str]) -> Counter[str]:
+    totals: Counter[str] = Counter()
+    for name, cost in costs.items():
+        totals[_section_of(name, sections)] += cost
+    return totals
+
+
+def _cells(spec: ModelSpec, parameters: dict[str, int], macs: dict[str, int]) -> tuple[CellCost, ...]:
+    if not isinstance(spec.genotype, Genotype):
+        return ()
+
+    def within(costs: dict[str, int], index: int) -> int:
+        return sum(cost for name, cost in costs.items() if name.startswith(f"cells.{index}."))
+
+    placed = spec.genotype.layout.place(spec.cells, spec.channels)
+    return tuple(
+        CellCost(i, place.kind, place.channels, place.section + 1, within(parameters, i), within(macs, i))
+        for i, place in enumerate(placed)
+    )

@@ -1,0 +1,1 @@
+"""Adversarial attacks: one file an attack, each a value called (model, x, y, generator=...)."""

@@ -1,0 +1,75 @@
+"""Projected gradient descent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from nas.attacks.gradient import check_loss, clean_logits_for, input_gradient
+from nas.attacks.losses import LOSSES
+from nas.errors import InputError
+from nas.model_state import crafting
+from nas.threat_model import ThreatModel
+
+
+@dataclass(frozen=True)
+class Pgd:
+    """Projected gradient descent: repeated steepest-ascent steps from a random start in the ball.
+
+    Madry et al., ICLR 2018, arXiv 1706.06083. step_size is in pixel units; 0 means 2.5 epsilon / steps, but no more
+    than epsilon. keep: "last" iterate (as in training) or, per sample, the one of highest loss ("best").
+    statistics: which batch-norm statistics the network uses meanwhile; neither changes its buffers.
+    """
+
+    threat_model: ThreatModel = field(default_factory=ThreatModel)
+    steps: int = 10
+    step_size: float = 0.0
+    loss: str = "cross_entropy"
+    random_start: bool = True
+    keep: Literal["last", "best"] = "last"
+    statistics: Literal["running", "batch"] = "running"
+
+    def __post_init__(self) -> None:
+        check_loss(self.loss)
+        if self.steps < 1:
+            raise InputError(f"attack steps must be at least 1, not {self.steps}")
+        if not self.step_size >= 0:
+            raise InputError(f"attack step_size must be at least 0 (0 = automatic), not {self.step_size}")
+
+    @property
+    def step(self) -> float:
+        """The step size in force."""
+        return self.step_size or min(2.5 / self.steps, 1.0) * self.threat_model.epsilon
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator) -> Tensor:
+        """Adversarial images [N, C, H, W] for images ``x`` and labels ``y`` [N]."""
+        threat_model, geometry = self.threat_model, self.threat_model.geometry
+        with crafting(model, batch_statistics=self.statistics == "batch"):
+            clean_logits = clean_logits_for(self.loss, model, x)
+            x_adv = threat_model.random_start(x, generator) if self.random_start else x
+            best, best_losses = x_adv, torch.full((len(x),), -torch.inf, device=x.device, dtype=x.dtype)
+            for _ in range(self.steps):
+                gradient, losses, _ = input_gradient(model, x_adv, y, self.loss, clean_logits)
+                if self.keep == "best":
+                    best, best_losses = _better(best, best_losses, x_adv, losses)
+                x_adv = threat_model.project(x_adv + self.step * geometry.steepest(gradient), x)
+            if self.keep == "best":
+                with torch.no_grad():
+                    losses = LOSSES[self.loss](model(x_adv), y, clean_logits)
+                x_adv, _ = _better(best, best_losses, x_adv, losses)
+        return x_adv
+
+    def __str__(self) -> str:
+        start = "random start" if self.random_start else "no random start"
+        return f"PGD-{self.steps}, {self.threat_model}, step {self.step:.6g}, {self.loss}, {start}, {self.keep} iterate"
+
+
+def _better(best: Tensor, best_losses: Tensor, x_adv: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+    better = losses > best_losses
+    return torch.where(better.view(-1, *[1] * (x_adv.dim() - 1)), x_adv, best), torch.where(better, losses, best_losses)
+
+
+PLUGIN = Pgd

@@ -1,0 +1,1 @@
+"""Compression methods: each makes a Plan, pure data that turns a model into a smaller one."""

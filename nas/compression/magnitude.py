@@ -1,0 +1,144 @@
+"""Global magnitude pruning: the smallest weights of the whole network are masked."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from nas.compression.plan import LayerPlan, Plan
+from nas.errors import InputError
+
+
+class Mask(nn.Module):
+    """Parametrisation of a weight by a fixed 0/1 mask; masked weights get no gradient."""
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.mask
+
+
+@dataclass(frozen=True)
+class MagnitudePruning:
+    """Global magnitude pruning: keep the share ``keep`` of weights that are largest in absolute value.
+
+    The weights of all convolutions and linear layers but the first convolution and the classifier compete
+    together (Han et al., 2015, arXiv 1506.02626, with one threshold for the network). Batch normalisation
+    and biases stay. keep: share of the competing weights that stays, above 0 and at most 1.
+    """
+
+    keep: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise InputError(f"compress.keep must be above 0 and at most 1, not {self.keep}")
+
+    def plan(self, model: nn.Module) -> Plan:
+        """Which weights of ``model`` stay."""
+        layers = _layers(model)
+        skipped = _skipped(layers)
+        competing = {name: layer for name, layer in layers.items() if name not in skipped}
+        if not competing:
+            raise InputError("this network has no layer that magnitude pruning may touch")
+        magnitudes = {
+            name: layer.weight.detach().abs() * (_mask_of(layer) if parametrize.is_parametrized(layer) else 1)
+            for name, layer in competing.items()
+        }
+        everything = torch.cat([value.flatten() for value in magnitudes.values()])
+        keep = max(1, round(self.keep * everything.numel()))
+        # A stable order decides between equal magnitudes, so that exactly ``keep`` weights stay.
+        order = torch.argsort(everything, descending=True, stable=True)
+        kept = torch.zeros(everything.numel(), dtype=torch.bool, device=everything.device)
+        kept[order[:keep]] = True
+        plans, position = [], 0
+        for name in layers:
+            if name in skipped:
+                plans.append(LayerPlan(name, "skipped", skipped[name], {}))
+                continue
+            shape = magnitudes[name].shape
+            mask = kept[position : position + shape.numel()].view(shape)
+            position += shape.numel()
+            reason = f"{int(mask.sum())} of {mask.numel()} weights kept"
+            plans.append(LayerPlan(name, "masked", reason, {"shape": list(shape), "mask": _pack(mask)}))
+        return Plan("magnitude", tuple(plans))
+
+    @staticmethod
+    def apply(plan: Plan, model: nn.Module) -> nn.Module:
+        """A copy of ``model`` with the plan's masks as parametrisations of its weights."""
+        compressed = copy.deepcopy(model)
+        layers = _layers(compressed)
+        for layer_plan in plan.layers:
+            layer = layers.get(layer_plan.name)
+            if layer is None:
+                raise InputError(f"the plan is for another network: there is no layer '{layer_plan.name}'")
+            if layer_plan.action != "masked":
+                continue
+            mask = _unpack(layer_plan).to(layer.weight.device)
+            if mask.shape != layer.weight.shape:
+                raise InputError(
+                    f"the plan is for another network: '{layer_plan.name}' has shape {tuple(layer.weight.shape)}, "
+                    f"the mask {tuple(mask.shape)}"
+                )
+            parametrize.register_parametrization(layer, "weight", Mask(mask.to(layer.weight.dtype)))
+        return compressed
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
+    """All convolutions and linear layers of the deployed network, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear) and not name.startswith("auxiliary.")
+    }
+
+
+def _skipped(layers: dict[str, nn.Conv2d | nn.Linear]) -> dict[str, str]:
+    """Layers that are left alone, with the reason."""
+    reasons = {}
+    convolutions = [name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)]
+    if convolutions:
+        reasons[convolutions[0]] = "first convolution"
+    linears = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
+    if linears:
+        reasons[linears[-1]] = "classifier"
+    return reasons
+
+
+def _mask_of(layer: nn.Module) -> Tensor:
+    """Product of the masks a layer already carries."""
+    product = torch.ones(())
+    for parametrisation in layer.parametrizations["weight"]:  # type: ignore[union-attr, index]
+        if isinstance(parametrisation, Mask):
+            product = product * parametrisation.mask
+    return product
+
+
+def _pack(mask: Tensor) -> str:
+    bits = np.packbits(mask.flatten().cpu().numpy())
+    return base64.b64encode(zlib.compress(bits.tobytes(), 9)).decode()
+
+
+def _unpack(layer: LayerPlan) -> Tensor:
+    try:
+        shape = torch.Size(layer.data["shape"])
+        count = shape.numel()
+        # The size is known beforehand: a bomb cannot unfold beyond it.
+        unfolded = zlib.decompressobj().decompress(base64.b64decode(layer.data["mask"], validate=True), count // 8 + 2)
+        bits = np.unpackbits(np.frombuffer(unfolded, np.uint8), count=count)
+        return torch.from_numpy(bits.astype(bool)).view(shape)
+    except (KeyError, TypeError, ValueError, RuntimeError, zlib.error):
+        raise InputError(f"the plan's mask of layer '{layer.name}' is damaged") from None
+
+
+PLUGIN = MagnitudePruning

@@ -1,0 +1,137 @@
+"""Accuracy under attack: worst case per sample over attacks and restarts, with its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nas.errors import InputError
+from nas.evaluation.interval import wilson
+from nas.model_state import evaluating
+from nas.objective import Attack
+from nas.randomness import generator
+from nas.tensor_file import read_tree, write_tree
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An attack and how often it starts anew. A sample counts as robust only if it survives every start."""
+
+    attack: Attack
+    restarts: int = 1
+
+    def __post_init__(self) -> None:
+        if self.restarts < 1:
+            raise InputError(f"restarts must be at least 1, not {self.restarts}")
+
+    def __str__(self) -> str:
+        return f"{self.attack}" + (f", {self.restarts} restarts" if self.restarts > 1 else "")
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Natural accuracy and accuracy under each attack, as masks of samples that stay right.
+
+    natural, worst_case: [N] bool;  attacks: name -> [N] bool;  settings: name -> what was run.
+    """
+
+    natural: Tensor
+    attacks: Mapping[str, Tensor]
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def worst_case(self) -> Tensor:
+        """Samples that are right and stay right under every attack."""
+        worst = self.natural
+        for survived in self.attacks.values():
+            worst = worst & survived
+        return worst
+
+    def to_data(self) -> dict[str, Any]:
+        """Accuracies, the 95 % interval of the worst case, and how each was made."""
+        n = len(self.natural)
+        return {
+            "n": n,
+            "natural": float(self.natural.double().mean()),
+            "attacks": {name: float(mask.double().mean()) for name, mask in self.attacks.items()},
+            "worst_case": float(self.worst_case.double().mean()),
+            "interval": list(wilson(int(self.worst_case.sum()), n)),
+            "attack_settings": dict(self.settings),
+        }
+
+
+def evaluate(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    trials: Mapping[str, Trial],
+    *,
+    seed: int,
+    batch_size: int = 512,
+    progress_file: Path | None = None,
+    tick: Callable[[float], None] = lambda progress: None,
+) -> Evaluation:
+    """Evaluate ``model`` in eval mode on images ``x`` [N, C, H, W] in [0, 1] with labels ``y`` [N].
+
+    Within a trial each restart attacks the samples that survived the earlier ones. After every restart the masks are
+    written to ``progress_file``, from which a later call goes on to the same result.
+    """
+    if len(x) != len(y) or len(x) == 0:
+        raise InputError(f"{len(x)} images and {len(y)} labels: an evaluation needs the same number of both, at least 1")
+    if not x.is_floating_point() or float(x.min()) < 0 or float(x.max()) > 1:
+        raise InputError("images must be floating point with pixels in [0, 1]; normalisation belongs inside the model")
+    masks: dict[str, Tensor] = {}
+    done = 0
+    if progress_file is not None and progress_file.exists():
+        tree = read_tree(progress_file, x.device)
+        masks, done = tree["masks"], tree["done"]
+    with evaluating(model):
+        if "natural" not in masks:
+            masks["natural"] = _correct(model, x, y, batch_size)
+        total = sum(trial.restarts for trial in trials.values())
+        unit = 0
+        for name, trial in trials.items():
+            survivors = masks.get(name, masks["natural"].clone())
+            for restart in range(trial.restarts):
+                unit += 1
+                if unit <= done:
+                    continue
+                survivors = _attacked(model, x, y, survivors, trial.attack, name, restart, seed, batch_size)
+                masks[name] = survivors
+                if progress_file is not None:
+                    write_tree({"masks": masks, "done": unit}, progress_file)
+                tick(unit / total)
+    attacks = {name: masks[name] for name in trials}
+    return Evaluation(masks["natural"], attacks, {name: str(trial) for name, trial in trials.items()})
+
+
+def _correct(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
+    with torch.no_grad():
+        parts = [model(part).argmax(1) for part in x.split(batch_size)]
+    return torch.cat(parts) == y
+
+
+def _attacked(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    survivors: Tensor,
+    attack: Attack,
+    name: str,
+    restart: int,
+    seed: int,
+    batch_size: int,
+) -> Tensor:
+    """``survivors`` without the samples that one start of the attack breaks."""
+    randomness = generator(seed, f"evaluate {name}", restart, device=x.device)
+    survivors = survivors.clone()
+    for rows in survivors.nonzero().squeeze(1).split(batch_size):
+        x_adv = attack(model, x[rows], y[rows], generator=randomness)
+        with torch.no_grad():
+            survivors[rows] = model(x_adv).argmax(1) == y[rows]
+    return survivors

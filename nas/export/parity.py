@@ -1,0 +1,109 @@
+"""Whether exported files give the logits of the network they were made from, each reloaded in a fresh process."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nas.errors import InputError
+from nas.export import reload
+from nas.export.package import FORMATS, ExportedFile
+from nas.model_file import ModelSpec
+
+TOLERANCE = 1e-5
+"""Largest difference that counts as equal, for logits up to 10: exported code may sum in another order.
+
+Above 10 the resolution of float32 grows with the logits, and so does the difference allowed.
+"""
+
+TIMEOUT = 600
+"""Seconds after which the process that reloads the exports is given up."""
+
+
+class ExportMismatch(RuntimeError):
+    """An exported file that does not give what the model gives.
+
+    difference: largest absolute difference of the logits; None where the file could not be read or run.
+    """
+
+    def __init__(self, file: str, message: str, difference: float | None = None) -> None:
+        super().__init__(f"{file} {message}")
+        self.file = file
+        self.difference = difference
+
+
+def check_exports(folder: Path, spec: ModelSpec, model: nn.Module, inputs: Tensor) -> list[ExportedFile]:
+    """Every exported file in ``folder``, with the largest difference of its logits from those of ``model``.
+
+    inputs: pixels [N, C, H, W]. One child process reloads all formats on the CPU; it is isolated from this
+    project until the source file has been run. Raises ``ExportMismatch`` where logits differ by more than
+    ``TOLERANCE``, or where classes, genotype or specification are others than those of ``spec``, and
+    ``InputError`` where there is nothing to check.
+    """
+    formats = [
+        name
+        for name, entry in FORMATS.items()
+        if (name in reload.ALONE or name in reload.WITH_PACKAGE) and (folder / entry.files[0]).exists()
+    ]
+    if not formats:
+        raise InputError(f"{folder} holds no exported files that can be checked")
+    inputs = inputs.detach().cpu().contiguous()
+    with torch.no_grad():
+        expected = copy.deepcopy(model).cpu().eval()(inputs)
+    report, logits = _reloaded(folder, inputs, formats)
+    checked = []
+    for name in formats:
+        files = FORMATS[name].files
+        if "error" in report[name]:
+            raise ExportMismatch(files[0], f"cannot be used: {report[name]['error']}")
+        if report[name]["plain"] != _plain(spec)[name]:
+            raise ExportMismatch(files[0], "describes another network than the one exported")
+        difference = _difference(files[0], logits[name], expected) if name in logits else None
+        checked += [ExportedFile(file, name, difference) for file in files]
+    return checked
+
+
+def _plain(spec: ModelSpec) -> dict[str, Any]:
+    """By format, the plain values that a reloaded export must report."""
+    plain = {"py": spec.classes, "json": spec.genotype.to_data(), "safetensors": spec.to_data()}
+    # The report went through JSON too, which turns tuples into lists.
+    return json.loads(json.dumps(plain))
+
+
+def _difference(file: str, logits: Tensor, expected: Tensor) -> float:
+    if logits.shape != expected.shape:
+        raise ExportMismatch(file, f"gives logits of shape {tuple(logits.shape)}, not {tuple(expected.shape)}")
+    difference = float((logits - expected).abs().max())
+    allowed = TOLERANCE * max(1.0, float(expected.abs().max()) / 10)
+    # "not <=" also catches a difference that is not a number.
+    if not difference <= allowed:
+        message = f"gives logits that differ from the model's by {difference:.3g}, more than {allowed:.3g}"
+        raise ExportMismatch(file, message, difference)
+    return difference
+
+
+def _reloaded(folder: Path, inputs: Tensor, formats: list[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What reload.py reports of the exports in ``folder``, and their logits, by format."""
+    packages = Path(__file__).resolve().parents[2]
+    with tempfile.TemporaryDirectory() as scratch:
+        save_file({"inputs": inputs}, Path(scratch, "inputs.safetensors"))
+        # -I: neither the working directory nor PYTHONPATH can lend the source file a module.
+        command = [sys.executable, "-I", reload.__file__, str(folder), scratch, str(packages), *formats]
+        try:
+            subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=True)
+        except subprocess.TimeoutExpired:
+            raise ExportMismatch(str(folder), f"was not reloaded within {TIMEOUT} seconds") from None
+        except subprocess.CalledProcessError as error:
+            reason = (error.stderr.strip().splitlines() or [f"exit status {error.returncode}"])[-1]
+            raise ExportMismatch(str(folder), f"could not be reloaded: {reason}") from None
+        report = json.loads(Path(scratch, "report.json").read_text(encoding="utf-8"))
+        return report, load_file(Path(scratch, "logits.safetensors"))

@@ -1,0 +1,171 @@
+"""model.json and model.safetensors: every network this program makes, rebuilt from plain data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from nas.compression.plan import Plan
+from nas.errors import InputError
+from nas.tensor_file import read_tensors, write_bytes, write_text
+from search_spaces.catalogue import space_of
+from search_spaces.genotype import AnyGenotype, GenotypeError, genotype_from_data
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """All that is needed to build a network but its weights.
+
+    input_shape: (C, H, W);  classes: names;  mean, std: per channel, in pixels of [0, 1];
+    plans: compressions in the order they were applied. channels and cells have no meaning where the genotype
+    itself holds the size (space "plain").
+    """
+
+    genotype: AnyGenotype
+    channels: int
+    cells: int
+    input_shape: tuple[int, int, int]
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    auxiliary: bool = False
+    plans: tuple[Plan, ...] = ()
+
+    def build(self) -> nn.Module:
+        """The network with fresh weights, compressed as planned."""
+        model = space_of(self.genotype).build(
+            self.genotype,
+            channels=self.channels,
+            cells=self.cells,
+            input_shape=self.input_shape,
+            classes=len(self.classes),
+            mean=self.mean,
+            std=self.std,
+            auxiliary=self.auxiliary,
+        )
+        for plan in self.plans:
+            model = plan.apply(model)
+        return model
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain lists and dictionaries, as written to JSON."""
+        return {
+            "schema": SCHEMA,
+            "genotype": self.genotype.to_data(),
+            "channels": self.channels,
+            "cells": self.cells,
+            "input_shape": list(self.input_shape),
+            "classes": list(self.classes),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "auxiliary": self.auxiliary,
+            "plans": [plan.to_data() for plan in self.plans],
+        }
+
+    @staticmethod
+    def from_data(data: object) -> ModelSpec:
+        """The specification in parsed JSON. Raises ``InputError`` naming what is wrong."""
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            raise InputError(f"model.json must be an object of schema version {SCHEMA}")
+        try:
+            shape = data["input_shape"]
+            spec = ModelSpec(
+                genotype=genotype_from_data(data["genotype"]),
+                channels=_integer(data["channels"], 4096),
+                cells=_integer(data["cells"], 1024),
+                input_shape=(_integer(shape[0], 1024), _integer(shape[1], 8192), _integer(shape[2], 8192)),
+                classes=tuple(str(name) for name in data["classes"]),
+                mean=tuple(float(value) for value in data["mean"]),
+                std=tuple(float(value) for value in data["std"]),
+                auxiliary=bool(data["auxiliary"]),
+                plans=tuple(Plan.from_data(plan) for plan in data["plans"]),
+            )
+        except GenotypeError as error:
+            raise InputError(f"genotype: {error}") from None
+        except InputError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise InputError(f"missing or wrong entry ({type(error).__name__}: {error})") from None
+        if len(spec.mean) != spec.input_shape[0] or len(spec.std) != spec.input_shape[0] or min(spec.std) <= 0:
+            raise InputError("'mean' and 'std' need one number per input channel, 'std' above 0")
+        if len(spec.classes) < 2:
+            raise InputError("'classes' needs at least two names")
+        return spec
+
+
+def save_model(spec: ModelSpec, model: nn.Module, folder: Path) -> None:
+    """Write model.json and model.safetensors, weights first, so that model.json never stands without them."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_bytes(save(state), folder / "model.safetensors")
+    write_text(json.dumps(spec.to_data(), indent=1) + "\n", folder / "model.json")
+
+
+def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[ModelSpec, nn.Module]:
+    """The network of a folder with model.json and model.safetensors, in eval mode.
+
+    Raises ``InputError`` for anything that cannot be read or does not fit together.
+    """
+    path = folder / "model.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({error})") from None
+    try:
+        spec = ModelSpec.from_data(data)
+        model = spec.build()
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+    load_weights(model, folder / "model.safetensors")
+    return spec, model.to(device).eval()
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load the weights of a safetensors file into ``model``; names and shapes must all fit."""
+    tensors = read_tensors(path)
+    expected = model.state_dict()
+    missing, surplus = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    if missing or surplus:
+        example = sorted(missing or surplus)[0]
+        raise InputError(
+            f"{path} holds the weights of another network: {len(missing)} tensors missing, {len(surplus)} unknown "
+            f"(for example '{example}')"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise InputError(
+                f"{path}: '{name}' has shape {tuple(tensor.shape)}, the network needs {tuple(expected[name].shape)}"
+            )
+    model.load_state_dict(tensors)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Twelve hexadecimal digits that name the weights of a model."""
+    digest = hashlib.blake2b(digest_size=6)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def with_plan(spec: ModelSpec, plan: Plan) -> ModelSpec:
+    """The specification after one more compression."""
+    return replace(spec, plans=(*spec.plans, plan))
+
+
+def _integer(value: object, largest: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= largest:
+        raise ValueError(f"expected an integer from 0 to {largest}, not {value!r}"[:200])
+    return value

@@ -1,0 +1,301 @@
+"""One self-contained HTML page that tells what a run found, how sure that is, and how to repeat it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup
+
+from nas.analysis.drawing import NAMESPACE, TIMES, draw_cell, operation_label
+from nas.report import curves
+from nas.report.curves import Interval, Series
+from nas.report.verdict import verdict
+from nas.tensor_file import write_text
+from search_spaces.genotype import AnyGenotype, Genotype, GenotypeError, genotype_from_data
+from search_spaces.graph import edge_count
+
+LARGEST_DRAWING = 200
+"""Operations beyond which a cell is described only: the picture would be unreadable."""
+
+ABSENT = "\N{EN DASH}"
+
+CHECK_MARKS = {"pass": "✓", "warn": "▲", "fail": "✗"}
+
+ROLE_LINES = {"searched": (0, 0, 2.4), "compressed": (2, 2, 1.6), "random": (4, 0, 1.0), "plain": (1, 1, 1.6)}
+"""Colour, dash and width of a model's training curves."""
+
+Data = Mapping[str, Any]
+
+
+def write_report(results: Data, path: Path) -> None:
+    """Write the page of ``results`` to ``path``. Identical results give an identical file."""
+    # Names from a user's files may hold lone surrogates, which no encoding can write.
+    write_text(render(results).encode("utf-8", "replace").decode("utf-8"), path)
+
+
+def render(results: Data) -> str:
+    """The page of ``results``. Absent parts are shown as not run."""
+    models: Sequence[Data] = results.get("models") or ()
+    analysis: Data = results.get("analysis") or {}
+    genotype, problem = _genotype(results.get("genotype"))
+    return _template().render(
+        results=results,
+        threat=_threat(results.get("threat_model")),
+        verdict=results.get("verdict") or verdict(results),
+        summary=_summary(models),
+        checks=_checks(models),
+        genotype=genotype,
+        genotype_problem=problem,
+        cells=_drawings(genotype, ""),
+        others=_other_drawings(models, genotype),
+        topology=[_topology_row(row) for row in analysis.get("topology") or ()],
+        complexity=analysis.get("complexity"),
+        search=_search(results.get("search") or {}),
+        training=_training(models),
+        attacks=_attacks(models),
+    )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(
+        percent=percent, count=count, quantity=quantity, duration=duration, small=lambda value: f"{value:.2g}"
+    )
+    return environment.from_string(resources.files("nas.report").joinpath("page.html.jinja").read_text("utf-8"))
+
+
+def percent(share: float | None) -> str:
+    """0.9 as "90.0%"."""
+    return ABSENT if share is None else f"{100 * share:.1f}%"
+
+
+def count(value: int | None) -> str:
+    """Thousands apart: "4,520,394"."""
+    return ABSENT if value is None else f"{value:,}"
+
+
+def quantity(value: float | None) -> str:
+    """Three digits and a unit: 1240151040 as "1.24 G"."""
+    if value is None:
+        return ABSENT
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        # 999,999 is "1 M": the unit is chosen after rounding to three digits.
+        if float(f"{value:.3g}") >= size:
+            return f"{value / size:#.3g}".rstrip(".") + f"\N{NO-BREAK SPACE}{unit}"
+    return f"{value:.3g}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as "12.3 s", "4 min 05 s" or "2 h 07 min"."""
+    if seconds is None:
+        return ABSENT
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _threat(model: Data | None) -> str | None:
+    if not model:
+        return None
+    epsilon = model.get("epsilon")
+    size = "unknown size" if epsilon is None else f"size {epsilon:.4g}"
+    return f"{model.get('norm', 'unknown norm')}, {size} (pixels in 0 to 1)"
+
+
+def _summary(models: Sequence[Data]) -> dict[str, Any]:
+    """The table of models: the attacks in order of appearance, the number of images if it is one, and the picture."""
+    counts = {model.get("n") for model in models}
+    rows = [
+        Interval(
+            name=str(model.get("name", "?")),
+            worst_case=model.get("worst_case"),
+            interval=(model["interval"][0], model["interval"][1]) if model.get("interval") else None,
+            natural=model.get("natural"),
+            emphasised=model.get("role") == "searched",
+        )
+        for model in models
+    ]
+    return {
+        "models": models,
+        "attacks": list(dict.fromkeys(name for model in models for name in model.get("attacks") or ())),
+        "n": counts.pop() if len(counts) == 1 else None,
+        "picture": Markup(curves.intervals("Worst-case and natural accuracy", rows)),
+    }
+
+
+def _checks(models: Sequence[Data]) -> dict[str, Any]:
+    """The masking checks as a table, checks by models, and what the checks that did not pass found."""
+    checked = [model for model in models if model.get("checks")]
+    names = dict.fromkeys(str(check.get("name")) for model in checked for check in model["checks"])
+    # Found by place: two models may have the same name.
+    found = {
+        (place, str(check.get("name"))): _graded(check)
+        for place, model in enumerate(checked)
+        for check in model["checks"]
+    }
+    columns = [
+        {"place": place, "name": str(model.get("name", "?")), "searched": model.get("role") == "searched"}
+        for place, model in enumerate(checked)
+    ]
+    return {"names": list(names), "models": columns, "found": found}
+
+
+def _graded(check: Data) -> dict[str, str]:
+    """A check with its verdict as word and sign. A verdict this page does not know is no pass."""
+    word = check.get("verdict")
+    word = word if word in CHECK_MARKS else "warn"
+    return {"word": word, "mark": CHECK_MARKS[word], "detail": str(check.get("detail", ""))}
+
+
+def _genotype(data: object) -> tuple[AnyGenotype | None, str | None]:
+    """The genotype, or why there is none to show."""
+    if data is None:
+        return None, None
+    try:
+        return genotype_from_data(data), None
+    except GenotypeError as error:
+        return None, str(error)
+
+
+def _drawings(genotype: AnyGenotype | None, prefix: str) -> list[dict[str, Any]]:
+    """The picture of each kind of cell, and the sections where it stands."""
+    if not isinstance(genotype, Genotype):
+        return []
+    drawings = []
+    layout = genotype.layout
+    for kind, cell in genotype.cells:
+        sections = [str(number) for number, section in enumerate(layout.sections, start=1) if section == kind]
+        places = [f"in section{'s' if len(sections) > 1 else ''} {', '.join(sections)}"] if sections else []
+        if kind == layout.reduction and len(layout.sections) > 1:
+            places.append("at the start of each later section")
+        picture = None
+        if edge_count(cell) <= LARGEST_DRAWING:
+            # Inside a page the namespace is understood, and the page names no address at all.
+            picture = Markup(draw_cell(cell, f"{prefix}{kind} cell").replace(f' xmlns="{NAMESPACE}"', "", 1))
+        drawings.append({"kind": kind, "places": " and ".join(places), "picture": picture})
+    return drawings
+
+
+def _other_drawings(models: Sequence[Data], shown: AnyGenotype | None) -> list[dict[str, Any]]:
+    """The cells of the models that are not the searched architecture."""
+    others = []
+    for model in models:
+        genotype, _ = _genotype(model.get("genotype"))
+        if genotype is not None and genotype != shown:
+            name = str(model.get("name", "?"))
+            others.append({"name": name, "genotype": genotype, "cells": _drawings(genotype, f"{name}: ")})
+    return others
+
+
+def _topology_row(row: Data) -> dict[str, Any]:
+    operations = (row.get("operations") or {}).items()
+    return {
+        **row,
+        "operations": ", ".join(f"{number} {TIMES} {operation_label(str(name))}" for name, number in operations),
+    }
+
+
+def _search(search: Data) -> dict[str, Any]:
+    """The pictures of a search with its stages and warnings."""
+    epochs: Sequence[Data] = search.get("epochs") or ()
+    stages: list[dict[str, Any]] = []
+    for row in epochs:
+        if not stages or stages[-1]["name"] != row.get("stage"):
+            stages.append({"name": row.get("stage"), "first": row.get("epoch")})
+        stages[-1]["last"] = row.get("epoch")
+    boundaries = [stage["first"] - 0.5 for stage in stages[1:]]
+    lines: dict[str, tuple[Literal["share", "number"], float | None, list[Series]]] = {
+        "Accuracy on the architecture part": (
+            "share",
+            1.0,
+            [_line(epochs, "robust", "robust_accuracy", 0, 0), _line(epochs, "natural", "natural_accuracy", 1, 1)],
+        ),
+        "Losses": (
+            "number",
+            None,
+            [
+                _line(epochs, "adversarial", "adversarial_loss", 0, 0),
+                _line(epochs, "natural", "natural_loss", 1, 1),
+                _line(epochs, "weights", "weight_loss", 4, 3),
+            ],
+        ),
+        "Gamma, the weight of the natural loss": ("number", 1.0, [_line(epochs, "gamma", "gamma", 0, 0)]),
+        "Entropy of the mixing weights, by kind of cell": ("number", None, _by_kind(epochs, "alpha_entropy", float)),
+        "Edges on which a parameter-free operation leads": (
+            "share",
+            1.0,
+            _by_kind(epochs, "parameter_free_edges", lambda pair: pair[0] / max(pair[1], 1)),
+        ),
+    }
+    pictures = [
+        {"caption": caption, "picture": Markup(picture)}
+        for caption, (unit, top, series) in lines.items()
+        if (picture := curves.curves(caption, series, unit=unit, boundaries=boundaries, top=top))
+    ]
+    return {"epochs": epochs, "stages": stages, "pictures": pictures, "warnings": search.get("warnings") or ()}
+
+
+def _line(rows: Sequence[Data], name: str, key: str, colour: int, dash: int, width: float = 1.8) -> Series:
+    return Series(name, [row["epoch"] for row in rows], [row.get(key) for row in rows], colour, dash, width)
+
+
+def _by_kind(epochs: Sequence[Data], key: str, value: Callable[[Any], float]) -> list[Series]:
+    """One line for each kind of cell that ``key`` of any epoch names."""
+    kinds = dict.fromkeys(kind for row in epochs for kind in row.get(key) or ())
+    return [
+        Series(
+            str(kind),
+            [row["epoch"] for row in epochs],
+            [None if (found := (row.get(key) or {}).get(kind)) is None else value(found) for row in epochs],
+            colour=index,
+            dash=index,
+            width=1.8,
+        )
+        for index, kind in enumerate(kinds)
+    ]
+
+
+def _training(models: Sequence[Data]) -> list[dict[str, Any]]:
+    """Pictures over the epochs of retraining. The random cells share one look: they are one group."""
+    randoms = sum(model.get("role") == "random" and bool(model.get("training")) for model in models)
+    pictures = []
+    for caption, key, top in (
+        ("Robust accuracy on the validation part", "validation_robust", 1.0),
+        ("Natural accuracy on the validation part", "validation_natural", 1.0),
+        ("Training loss", "loss", None),
+    ):
+        series = []
+        # The searched network last, so that its line lies on top.
+        for model in sorted(models, key=lambda model: model.get("role") == "searched"):
+            role = str(model.get("role"))
+            name = f"random cells ({randoms})" if role == "random" and randoms > 1 else str(model.get("name", "?"))
+            series.append(_line(model.get("training") or (), name, key, *ROLE_LINES.get(role, (5, 3, 1.6))))
+        if picture := curves.curves(caption, series, unit="number" if top is None else "share", top=top):
+            pictures.append({"caption": caption, "picture": Markup(picture)})
+    return pictures
+
+
+def _attacks(models: Sequence[Data]) -> list[dict[str, str]]:
+    """Each attack with its settings, and the models it was run on with them."""
+    users: dict[tuple[str, str], list[str]] = {}
+    for model in models:
+        for attack, settings in (model.get("attack_settings") or {}).items():
+            users.setdefault((str(attack), str(settings)), []).append(str(model.get("name", "?")))
+    return [
+        {"attack": attack, "settings": settings, "models": _all_or(names, len(models))}
+        for (attack, settings), names in users.items()
+    ]
+
+
+def _all_or(names: Iterable[str], total: int) -> str:
+    listed = list(names)
+    return "all models" if len(listed) == total else ", ".join(listed)

@@ -1,0 +1,1 @@
+"""Differentiable architecture search: relaxation, architecture gradient, min-norm step, bilevel loop, monitor."""

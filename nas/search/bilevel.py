@@ -1,0 +1,370 @@
+"""The bilevel search: architecture parameters and weights of a supernet take turns, stage by stage.
+
+One step: both batches are attacked; the architecture gradient of each objective of the stage is taken and the
+gradients combined; Adam moves the architecture parameters; SGD moves the weights. DSARA (arXiv 2212.14049) is
+the recipe of two stages [adversarial], then [natural, adversarial] by min-norm; the released ARNAS code has the
+second stage only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from nas.attacks.fixed import Fixed
+from nas.data.augmentation import Augmentation
+from nas.data.batches import batch_count, batches
+from nas.data.image_data import ImageData
+from nas.data.split import Split
+from nas.errors import InputError
+from nas.model_state import evaluating, frozen_statistics
+from nas.objective import Attack, Batch, Objective, State
+from nas.optimisation import Sgd, optimiser_tree, restore_optimiser, weight_step
+from nas.randomness import generator
+from nas.search import monitor
+from nas.search.architecture_gradient import FirstOrder, Loss, Unrolled, WeightStep
+from nas.search.min_norm import min_norm_direction
+from nas.tensor_file import read_tree, write_tree
+from search_spaces.cell_space import CellSpace
+from search_spaces.genotype import Genotype
+from search_spaces.supernet import Supernet
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Epochs up to ``until`` (exclusive) minimise ``objectives`` over the architecture, combined by ``combine``.
+
+    adversarial_gradient_scale multiplies the gradient of "adversarial" before the combination. The min-norm step
+    favours the shorter gradient, so a scale below 1 pulls *towards* robustness: for orthogonal gradients of equal
+    length gamma, the weight of the natural one, is scale^2 / (1 + scale^2), i.e. 0.5, 0.2 and 0.0099 at scales 1,
+    0.5 and 0.1 (the released ARNAS code uses 0.1).
+    """
+
+    until: int
+    objectives: tuple[str, ...] = ("adversarial",)
+    combine: Literal["sum", "min_norm"] = "sum"
+    adversarial_gradient_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.until < 1:
+            raise InputError(f"a search stage must end after at least one epoch, not until = {self.until}")
+        if not self.objectives or len(set(self.objectives)) != len(self.objectives):
+            raise InputError("a search stage needs at least one objective, each named once")
+        if self.combine == "min_norm" and len(self.objectives) != 2:
+            raise InputError("combine = 'min_norm' needs exactly two objectives, e.g. ['natural', 'adversarial']")
+        if not self.adversarial_gradient_scale > 0:
+            raise InputError(f"adversarial_gradient_scale must be above 0, not {self.adversarial_gradient_scale}")
+
+
+@dataclass(frozen=True)
+class ArchitectureAdam:
+    """Adam on the architecture parameters; defaults of DARTS and ARNAS."""
+
+    learning_rate: float = 3e-4
+    betas: tuple[float, float] = (0.5, 0.999)
+    weight_decay: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0 or not self.weight_decay >= 0:
+            raise InputError("the architecture optimiser needs learning_rate above 0 and weight_decay of at least 0")
+        if any(not 0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"betas must be at least 0 and below 1, not {self.betas}")
+
+
+@dataclass(frozen=True)
+class Search:
+    """Size and schedule of a search. monitored: images of the architecture part judged after each epoch."""
+
+    channels: int = 16
+    cells: int = 8
+    batch_size: int = 64
+    stages: tuple[Stage, ...] = (
+        Stage(until=20),
+        Stage(until=50, objectives=("natural", "adversarial"), combine="min_norm"),
+    )
+    weights: Sgd = field(default_factory=lambda: Sgd(0.025, final_learning_rate=0.001, weight_decay=3e-4))
+    architecture: ArchitectureAdam = field(default_factory=ArchitectureAdam)
+    gradient: FirstOrder | Unrolled = field(default_factory=Unrolled)
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    monitored: int = 512
+
+    def __post_init__(self) -> None:
+        untils = [stage.until for stage in self.stages]
+        if not untils or untils != sorted(set(untils)):
+            raise InputError("search stages must end one after another: 'until' has to rise from stage to stage")
+        if self.batch_size < 2 or self.monitored < 1:
+            raise InputError("search batch_size must be at least 2, monitored at least 1")
+
+    @property
+    def epochs(self) -> int:
+        """Length of the search."""
+        return self.stages[-1].until
+
+    def stage_of(self, epoch: int) -> Stage:
+        """The stage that ``epoch`` belongs to."""
+        return next(stage for stage in self.stages if epoch < stage.until)
+
+
+class Diverged(RuntimeError):
+    """A loss or an architecture gradient stopped being a number."""
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The genotype found, the final mixing weights [edges, operations] by kind, the epochs' records and warnings."""
+
+    genotype: Genotype
+    weights: Mapping[str, Tensor]
+    records: list[Record]
+    warnings: list[str]
+
+
+def search(
+    space: CellSpace,
+    data: ImageData,
+    split: Split,
+    settings: Search,
+    *,
+    weight_objective: Objective,
+    objectives: Mapping[str, Objective],
+    attack: Attack,
+    seed: int,
+    checkpoint: Path | None = None,
+    log: Callable[[Record], None] = lambda record: None,
+    history: Callable[[list[Record]], None] = lambda records: None,
+    tick: Callable[[float], None] = lambda progress: None,
+) -> SearchResult:
+    """Search ``space`` on the weights and architecture parts of ``split``.
+
+    weight_objective is what the weights minimise, ``objectives`` what a stage may name; ``attack`` judges the supernet
+    after each epoch. Resumes from ``checkpoint`` to the same result. Raises ``Diverged`` for a non-finite loss.
+    """
+    device = data.x_train.device
+    for stage in settings.stages:
+        for name in stage.objectives:
+            if name not in objectives:
+                raise InputError(f"unknown search objective '{name}'; known: {', '.join(objectives)}")
+    supernet = _supernet(space, data, settings, seed)
+    weights, architecture = supernet.weight_parameters(), supernet.architecture_parameters()
+    optimiser = settings.weights.optimiser(weights)
+    adam = torch.optim.Adam(
+        architecture,
+        lr=settings.architecture.learning_rate,
+        betas=settings.architecture.betas,
+        weight_decay=settings.architecture.weight_decay,
+    )
+    records: list[Record] = []
+    if checkpoint is not None and checkpoint.exists():
+        tree = read_tree(checkpoint, device)
+        supernet.load_state_dict(tree["supernet"])
+        restore_optimiser(optimiser, tree["weights"])
+        restore_optimiser(adam, tree["architecture"])
+        records = tree["records"]
+    history(records)
+
+    steps = batch_count(min(len(split.weights), len(split.architecture)), settings.batch_size, True)
+    for epoch in range(len(records), settings.epochs):
+        stage = settings.stage_of(epoch)
+        attack_generator = generator(seed, "search attack", epoch, device=device)
+        method_generator = generator(seed, "search method", epoch, device=device)
+        sums: dict[str, float] = {}
+        supernet.train()
+        for step, (batch, held_out) in enumerate(_paired(data, split, settings, seed, epoch, steps)):
+            progress = (epoch + step / steps) / settings.epochs
+            state = State(epoch, epoch * steps + step, progress, attack_generator, method_generator)
+            rate = settings.weights.rate(progress)
+            frozen_weight_objective = _with_fixed_attack(weight_objective, supernet, batch, state)
+            step_values = _architecture_step(
+                supernet, settings, stage, objectives, frozen_weight_objective, batch, held_out, state, rate,
+                optimiser, adam,
+            )  # fmt: skip
+            loss, metrics = frozen_weight_objective(supernet, batch, state)
+            weight_step(loss, weights, optimiser, rate, settings.weights.clip)
+            step_values |= {"weight_loss": float(loss.detach()), "weight_accuracy": float(metrics["accuracy"])}
+            for name, value in step_values.items():
+                sums[name] = sums.get(name, 0.0) + value / steps
+            tick((epoch + (step + 1) / steps) / settings.epochs)
+        if not all(map(math.isfinite, sums.values())):
+            raise Diverged(
+                f"the search is not finite any more in epoch {epoch} ({sums}): lower search.weights.learning_rate "
+                f"(now {settings.weights.learning_rate}) or search.architecture.learning_rate"
+            )
+        record = _epoch_record(space, supernet, data, split, settings, attack, seed, epoch, stage, sums)
+        records.append(record)
+        log(record)
+        if checkpoint is not None:
+            write_tree(
+                {
+                    "supernet": dict(supernet.state_dict()),
+                    "weights": optimiser_tree(optimiser),
+                    "architecture": optimiser_tree(adam),
+                    "records": records,
+                },
+                checkpoint,
+            )
+    mixing = {kind: table.detach().cpu() for kind, table in supernet.mixing_weights().items()}
+    warnings = [warning for record in records for warning in record["warnings"]]
+    return SearchResult(space.discretise(mixing), mixing, records, warnings)
+
+
+def _supernet(space: CellSpace, data: ImageData, settings: Search, seed: int) -> Supernet:
+    """A fresh supernet whose initial weights depend on the seed only."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            supernet = space.supernet(
+                channels=settings.channels,
+                cells=settings.cells,
+                input_shape=data.input_shape,
+                classes=len(data.classes),
+                mean=data.mean,
+                std=data.std,
+            )
+    except ValueError as error:
+        raise InputError(f"search: {error}") from None
+    return supernet.to(data.x_train.device)
+
+
+def _paired(
+    data: ImageData, split: Split, settings: Search, seed: int, epoch: int, steps: int
+) -> Iterator[tuple[Batch, Batch]]:
+    """Batches of the weights part beside batches of the architecture part, ``steps`` of them."""
+    device = data.x_train.device
+    streams = []
+    for name, indices in (("weights", split.weights), ("architecture", split.architecture)):
+        streams.append(
+            batches(
+                data.x_train,
+                data.y_train,
+                indices.to(device),
+                batch_size=settings.batch_size,
+                shuffle=generator(seed, f"search order {name}", epoch),
+                augmentation=settings.augmentation,
+                augmentation_generator=generator(seed, f"search augmentation {name}", epoch, device=device),
+                drop_last=True,
+            )
+        )
+    # Parts may differ in size by rounding; the longer one's last batch is left out in this epoch.
+    for _, pair in zip(range(steps), zip(*streams, strict=False), strict=False):
+        yield pair
+
+
+def _with_fixed_attack(objective: Objective, supernet: Supernet, batch: Batch, state: State) -> Objective:
+    """``objective`` with its attack carried out once, at the present weights and architecture.
+
+    The unrolled gradient evaluates the same loss at several weights; the adversarial images stay those of the
+    present ones, as in the released ARNAS code.
+    """
+    attack = getattr(objective, "attack", None)
+    if attack is None:
+        return objective
+    x_adv = attack(supernet, batch.x, batch.y, generator=state.attack_generator)
+    return dataclasses.replace(objective, attack=Fixed(x_adv))  # type: ignore[type-var]
+
+
+def _architecture_step(
+    supernet: Supernet,
+    settings: Search,
+    stage: Stage,
+    objectives: Mapping[str, Objective],
+    weight_objective: Objective,
+    batch: Batch,
+    held_out: Batch,
+    state: State,
+    rate: float,
+    optimiser: torch.optim.SGD,
+    adam: torch.optim.Adam,
+) -> dict[str, float]:
+    """One Adam step on the architecture parameters; returns the losses of the stage's objectives and gamma."""
+    losses: dict[str, Tensor] = {}
+
+    def loss_of(name: str, objective: Objective) -> Loss:
+        def evaluate() -> Tensor:
+            loss, _ = objective(supernet, held_out, state)
+            losses[name] = loss.detach()
+            return loss
+
+        return evaluate
+
+    with frozen_statistics(supernet):
+        closures = [
+            loss_of(name, _with_fixed_attack(objectives[name], supernet, held_out, state))
+            for name in stage.objectives
+        ]
+        weight_step_taken = WeightStep(
+            rate,
+            settings.weights.momentum,
+            settings.weights.weight_decay,
+            [optimiser.state[weight].get("momentum_buffer") for weight in supernet.weight_parameters()],
+        )
+        gradients = settings.gradient(
+            supernet, lambda: weight_objective(supernet, batch, state)[0], closures, weight_step_taken
+        )
+    scaled = [
+        gradient * (stage.adversarial_gradient_scale if name == "adversarial" else 1.0)
+        for name, gradient in zip(stage.objectives, gradients, strict=True)
+    ]
+    values = {f"{name}_loss": float(loss) for name, loss in losses.items()}
+    if stage.combine == "min_norm":
+        direction, gamma = min_norm_direction(scaled[0], scaled[1])
+        values["gamma"] = gamma
+    else:
+        direction = torch.stack(scaled).sum(0)
+    architecture = supernet.architecture_parameters()
+    for parameter, part in zip(
+        architecture, direction.split([parameter.numel() for parameter in architecture]), strict=True
+    ):
+        parameter.grad = part.view_as(parameter).clone()
+    adam.step()
+    adam.zero_grad(set_to_none=True)
+    return values
+
+
+def _epoch_record(
+    space: CellSpace,
+    supernet: Supernet,
+    data: ImageData,
+    split: Split,
+    settings: Search,
+    attack: Attack,
+    seed: int,
+    epoch: int,
+    stage: Stage,
+    values: dict[str, float],
+) -> Record:
+    """What is logged of an epoch: mean losses, accuracies on the architecture part, and the state of alpha."""
+    device = data.x_train.device
+    # The part is in a fixed order; a permutation drawn once per seed makes the judged images representative.
+    order = torch.randperm(len(split.architecture), generator=generator(seed, "monitored"))[: settings.monitored]
+    judged = split.architecture[order].to(device)
+    randomness = generator(seed, "monitor attack", epoch, device=device)
+    natural = robust = 0
+    with evaluating(supernet):
+        for batch in batches(data.x_train, data.y_train, judged, batch_size=max(settings.batch_size, 128)):
+            x_adv = attack(supernet, batch.x, batch.y, generator=randomness)
+            with torch.no_grad():
+                right = supernet(batch.x).argmax(1) == batch.y
+                natural += int(right.sum())
+                robust += int((right & (supernet(x_adv).argmax(1) == batch.y)).sum())
+    mixing = {kind: table.detach() for kind, table in supernet.mixing_weights().items()}
+    genotype = space.discretise(mixing)
+    return {
+        "epoch": epoch,
+        "stage": "+".join(stage.objectives),
+        **values,
+        "natural_accuracy": natural / len(judged),
+        "robust_accuracy": robust / len(judged),
+        "alpha_entropy": monitor.alpha_entropies(mixing),
+        "parameter_free_edges": {kind: list(pair) for kind, pair in monitor.parameter_free_edges(genotype).items()},
+        "genotype": genotype.to_data(),
+        "warnings": monitor.collapse_warnings(genotype, epoch),
+    }

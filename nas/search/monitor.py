@@ -1,0 +1,45 @@
+"""What a search looks like while it runs, and when it goes wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from search_spaces.genotype import Genotype
+from search_spaces.operations import OPERATIONS
+
+COLLAPSE_SHARE = 0.75
+"""Share of parameter-free edges in a kind of cell from which on a search is called collapsed. The published ARNAS
+cells have at most 3 of 8; differentiable searches that fail fill cells with skip connections or pools."""
+
+
+def entropy(weights: Tensor) -> float:
+    """Mean entropy of the mixing weights [edges, operations], as a share of its largest value (0 to 1)."""
+    terms = torch.special.entr(weights.detach().double()).sum(1)
+    return float(terms.mean() / torch.log(torch.tensor(float(weights.shape[1]))))
+
+
+def parameter_free_edges(genotype: Genotype) -> dict[str, tuple[int, int]]:
+    """For each kind of cell: edges whose operation has no weights, and all edges."""
+    counts = {}
+    for kind, cell in genotype.cells:
+        edges = [edge for node in cell.nodes for edge in node]
+        counts[kind] = (sum(OPERATIONS[edge.operation].parameter_free for edge in edges), len(edges))
+    return counts
+
+
+def collapse_warnings(genotype: Genotype, epoch: int) -> list[str]:
+    """One line for each kind of cell that is filling with skip connections or pools."""
+    return [
+        f"epoch {epoch}: {free} of {total} edges of the {kind} cell are skips or pools; the search may be collapsing "
+        "(lower the architecture learning rate, stop earlier, or use the unrolled gradient)"
+        for kind, (free, total) in parameter_free_edges(genotype).items()
+        if free / total >= COLLAPSE_SHARE
+    ]
+
+
+def alpha_entropies(weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """Entropy of the mixing weights by kind of cell."""
+    return {kind: entropy(table) for kind, table in weights.items()}

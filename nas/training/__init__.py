@@ -1,0 +1,1 @@
+"""The one weight loop and the training methods, one file a method."""

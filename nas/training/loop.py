@@ -1,0 +1,176 @@
+"""The only loop that trains the weights of a discovered network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from nas.data.augmentation import Augmentation
+from nas.data.batches import batch_count, batches
+from nas.data.image_data import ImageData
+from nas.data.split import Split
+from nas.errors import InputError
+from nas.model_state import evaluating
+from nas.objective import Attack, Objective, State
+from nas.optimisation import Sgd, optimiser_tree, restore_optimiser, weight_step
+from nas.randomness import generator
+from nas.tensor_file import read_tree, write_tree
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and with what a network is trained.
+
+    ema: decay of the exponential moving average of the weights that is validated and kept; 0 for none.
+    validate_every: epochs between validations; the last epochs' validation always takes place.
+    """
+
+    epochs: int = 30
+    batch_size: int = 128
+    optimiser: Sgd = field(default_factory=Sgd)
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    ema: float = 0.0
+    validate_every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 2 or self.validate_every < 1:
+            raise InputError("epochs and validate_every must be at least 1, batch_size at least 2")
+        if not 0 <= self.ema < 1:
+            raise InputError(f"ema is a decay of at least 0 and below 1, not {self.ema}")
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Natural and robust accuracy on held-out images."""
+
+    natural: float
+    robust: float
+
+
+class Diverged(RuntimeError):
+    """The loss stopped being a number."""
+
+
+def train(
+    model: nn.Module,
+    data: ImageData,
+    split: Split,
+    objective: Objective,
+    training: Training,
+    *,
+    validation_attack: Attack,
+    seed: int,
+    checkpoint: Path | None = None,
+    log: Callable[[Record], None] = lambda record: None,
+    history: Callable[[list[Record]], None] = lambda records: None,
+    tick: Callable[[float], None] = lambda progress: None,
+) -> list[Record]:
+    """Train ``model`` in place on ``split.training``; it ends with the weights of the best validated epoch.
+
+    Best means highest robust accuracy on ``split.validation``, then highest natural accuracy, then latest. The
+    state is written to ``checkpoint`` after every epoch; a later call with the same arguments goes on from there
+    to the same result. ``log`` gets each epoch's record, ``history`` once all records so far, ``tick`` the progress.
+    Raises ``Diverged`` when a loss is not finite; the checkpoint then holds the last good epoch.
+    """
+    device = data.x_train.device
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = training.optimiser.optimiser(parameters)
+    average = (
+        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(training.ema), use_buffers=True) if training.ema else None
+    )
+    records: list[Record] = []
+    best_state, best_key = _copy(model), (-1.0, -1.0)
+    if checkpoint is not None and checkpoint.exists():
+        tree = read_tree(checkpoint, device)
+        model.load_state_dict(tree["model"])
+        restore_optimiser(optimiser, tree["optimiser"])
+        if average is not None:
+            average.load_state_dict(tree["average"])
+        records, best_state, best_key = tree["records"], tree["best"], tuple(tree["best_key"])
+    history(records)
+
+    indices = split.training.to(device)
+    steps = batch_count(len(indices), training.batch_size, True)
+    for epoch in range(len(records), training.epochs):
+        attack_generator = generator(seed, "attack", epoch, device=device)
+        method_generator = generator(seed, "method", epoch, device=device)
+        sums: dict[str, Tensor] = {}
+        model.train()
+        epoch_batches = batches(
+            data.x_train,
+            data.y_train,
+            indices,
+            batch_size=training.batch_size,
+            shuffle=generator(seed, "order", epoch),
+            augmentation=training.augmentation,
+            augmentation_generator=generator(seed, "augmentation", epoch, device=device),
+            drop_last=True,
+        )
+        for step, batch in enumerate(epoch_batches):
+            progress = (epoch + step / steps) / training.epochs
+            state = State(epoch, epoch * steps + step, progress, attack_generator, method_generator)
+            loss, metrics = objective(model, batch, state)
+            weight_step(loss, parameters, optimiser, training.optimiser.rate(progress), training.optimiser.clip)
+            if average is not None:
+                average.update_parameters(model)
+            for name, value in {"loss": loss.detach(), **metrics}.items():
+                sums[name] = sums.get(name, 0) + value
+            tick((epoch + (step + 1) / steps) / training.epochs)
+        record: Record = {"epoch": epoch, **{name: float(value) / steps for name, value in sums.items()}}
+        if not math.isfinite(record["loss"]):
+            raise Diverged(
+                f"the training loss is {record['loss']} in epoch {epoch}: lower the learning rate "
+                f"(now {training.optimiser.learning_rate}) or the gradient clip (now {training.optimiser.clip})"
+            )
+        if (epoch + 1) % training.validate_every == 0 or epoch + 1 == training.epochs:
+            judged = average.module if average is not None else model
+            validation = validate(judged, data, split.validation, validation_attack, seed, training.batch_size)
+            record |= {"validation_natural": validation.natural, "validation_robust": validation.robust}
+            key = (validation.robust, validation.natural)
+            if key >= best_key:
+                best_state, best_key = _copy(judged), key
+        records.append(record)
+        log(record)
+        if checkpoint is not None:
+            tree = {
+                "model": dict(model.state_dict()),
+                "optimiser": optimiser_tree(optimiser),
+                "best": best_state,
+                "best_key": list(best_key),
+                "records": records,
+            }
+            if average is not None:
+                tree["average"] = dict(average.state_dict())
+            write_tree(tree, checkpoint)
+    model.load_state_dict(best_state)
+    return records
+
+
+def validate(
+    model: nn.Module, data: ImageData, indices: Tensor, attack: Attack, seed: int, batch_size: int
+) -> Validation:
+    """Natural accuracy and accuracy under ``attack`` on the training images ``indices``, in eval mode."""
+    device = data.x_train.device
+    randomness = generator(seed, "validation", device=device)
+    natural = robust = torch.zeros((), device=device)
+    with evaluating(model):
+        for batch in batches(data.x_train, data.y_train, indices.to(device), batch_size=max(batch_size, 256)):
+            x_adv = attack(model, batch.x, batch.y, generator=randomness)
+            with torch.no_grad():
+                right = model(batch.x).argmax(1) == batch.y
+                natural = natural + right.sum()
+                robust = robust + (right & (model(x_adv).argmax(1) == batch.y)).sum()
+    return Validation(float(natural) / len(indices), float(robust) / len(indices))
+
+
+def _copy(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

@@ -1,0 +1,509 @@
+"""The command ``nas``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from nas.errors import InputError, nearest
+from search_spaces.genotype import AnyGenotype, Genotype, GenotypeError
+
+app = typer.Typer(
+    help="Search, analyse, train, compress, attack and export adversarially robust architectures.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+out_console = Console(soft_wrap=True)
+error_console = Console(stderr=True, soft_wrap=True)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe (nas list recipes) or a TOML file.")]
+RunArgument = Annotated[Path, typer.Argument(help="A run directory.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key of the recipe: section.key=value.")]
+Out = Annotated[Path | None, typer.Option(help="Folder to write; by default runs/<name>-<time>.")]
+Seed = Annotated[int | None, typer.Option(help="Seed, instead of the recipe's.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def main() -> None:
+    """Entry point: exit status 0 done, 2 the input is wrong (one line, no traceback), 1 anything else."""
+    try:
+        app(standalone_mode=False)
+    except (InputError, GenotypeError) as error:
+        _complain(str(error))
+        sys.exit(2)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("interrupted; --resume continues the run")
+        sys.exit(130)
+    except Exception as error:
+        sys.exit(_unexpected(error))
+
+
+def _unexpected(error: Exception) -> int:
+    """Report anything that is not the user's input, or a usage error of the command line; the exit status."""
+    show, code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
+    if show is not None and code is not None:
+        _complain(str(show()))
+        return int(code)
+    # Known failures carry their own explanation; the rest is a defect and needs its traceback.
+    known = type(error).__name__ in ("Diverged", "WorkerDied", "TaskFailed", "ExportMismatch")
+    _complain(str(error) if known else traceback.format_exc())
+    return 1
+
+
+def _complain(text: str) -> None:
+    error_console.print(f"nas: {text}", style="red", markup=False, highlight=False)
+
+
+@app.command()
+def run(
+    recipe: Annotated[str | None, typer.Argument(help="A shipped recipe or a TOML file.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue this run directory.")] = None,
+    set_: Set = None,
+    out: Out = None,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Search, analyse, train, compress, attack and export: the whole way from a recipe to a report."""
+    _start("run", recipe, resume, set_, out, seed, as_json)
+
+
+@app.command()
+def search(
+    recipe: Annotated[str | None, typer.Argument(help="A shipped recipe or a TOML file.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue this run directory.")] = None,
+    set_: Set = None,
+    out: Out = None,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Search only; ends with genotype.json and the commands that go on from it."""
+    _start("search", recipe, resume, set_, out, seed, as_json)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="A shipped recipe or a TOML file.")] = None,
+    genotype: Annotated[str | None, typer.Option(help="A genotype file or a published name.")] = None,
+    method: Annotated[str | None, typer.Option(help="Training method, instead of the recipe's.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue this run directory.")] = None,
+    set_: Set = None,
+    out: Out = None,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Train, compress, attack and export one given architecture."""
+    overrides = [*(set_ or []), *([f"train.method.name={json.dumps(method)}"] if method else [])]
+    if resume is None and genotype is None:
+        raise InputError("nas train needs --genotype: a file or a published name (nas list genotypes)")
+    from search_spaces.catalogue import load_genotype
+
+    data = load_genotype(genotype).to_data() if genotype is not None else None
+    _start("train", recipe, resume, overrides, out, seed, as_json, data)
+
+
+def _start(
+    command: str,
+    recipe: str | None,
+    resume: Path | None,
+    overrides: list[str] | None,
+    out: Path | None,
+    seed: int | None,
+    as_json: bool,
+    genotype: Mapping[str, Any] | None = None,
+) -> None:
+    """Create or continue a run, carry it out, and say what came of it."""
+    from runs.directory import check_same_recipe, create, default_path, open_run
+    from runs.pipeline import carry_out
+    from runs.recipe import build, read_table
+    from runs.tasks import device_of
+
+    table = read_table(recipe, overrides or [], seed) if recipe is not None else None
+    if resume is not None:
+        if out is not None:
+            raise InputError("--out and --resume exclude each other: a resumed run stays where it is")
+        directory = open_run(resume)
+        if directory.command != command:
+            raise InputError(f"{resume} was begun by 'nas {directory.command}': resume it with that command")
+        if table is None and (overrides or seed is not None):
+            raise InputError("--set and --seed need the recipe's name when a run is resumed")
+        if table is not None:
+            check_same_recipe(directory, table)
+    elif table is None:
+        raise InputError(f"name a recipe (nas list recipes) or a run to continue: nas {command} digits")
+    else:
+        built = build(table)
+        device_of(built.general.device)
+        directory = create(out or default_path(built.general.name), command, table, genotype)
+    progress_console = error_console if as_json else out_console
+    if not as_json:
+        out_console.print(f"{directory.path}", highlight=False)
+    with directory.locked(), _observer(progress_console) as observer:
+        carry_out(directory, observer)
+    _conclude(directory, as_json)
+
+
+@contextmanager
+def _observer(console: Console) -> Iterator[Any]:
+    from runs.progress import Bars, Lines
+
+    if not console.is_terminal:
+        yield Lines(console)
+        return
+    bars = Bars(console)
+    with bars.progress:
+        yield bars
+
+
+def _conclude(directory: Any, as_json: bool) -> None:
+    """Print what a finished run found and the next useful commands."""
+    path = directory.path
+    if directory.command == "search":
+        genotype = path / "search" / "genotype.json"
+        if as_json:
+            print(genotype.read_text(encoding="utf-8"))
+            return
+        _print_topology(directory.needed("analyse")["topology"])
+        _next(
+            f"nas analyse {genotype}",
+            f"nas train {directory.table['name']} --genotype {genotype}",
+        )
+        return
+    results = json.loads((path / "results.json").read_text(encoding="utf-8"))
+    if as_json:
+        print(json.dumps(results))
+        return
+    _print_models(results["models"])
+    for line in results["verdict"]:
+        out_console.print(line, markup=False, highlight=False)
+    _next(f"open {path / 'report.html'}", f"nas attack {path} --attack pgd --set steps=100", f"tensorboard --logdir {path}")
+
+
+def _next(*commands: str) -> None:
+    out_console.print("next:", style="bold")
+    for command in commands:
+        out_console.print(f"  {command}", markup=False, highlight=False)
+
+
+def _print_models(models: list[dict[str, Any]]) -> None:
+    attacks = list(models[0]["attacks"])
+    table = Table("network", "parameters", "non-zero", "MACs", "natural", *attacks, "worst case", "95 % interval")
+    for model in models:
+        low, high = model["interval"]
+        table.add_row(
+            model["name"],
+            f"{model['parameters']:,}",
+            f"{model['nonzero']:,}",
+            f"{model['macs'] / 1e6:.2f} M",
+            f"{model['natural']:.1%}",
+            *(f"{model['attacks'][name]:.1%}" for name in attacks),
+            f"{model['worst_case']:.1%}",
+            f"{low:.1%} to {high:.1%}",
+        )
+    out_console.print(table)
+
+
+def _print_topology(cells: list[dict[str, Any]]) -> None:
+    table = Table("cell", "depth", "edges from inputs", "antichain", "operations")
+    for cell in cells:
+        operations = ", ".join(f"{count} {name}" for name, count in cell["operations"].items())
+        table.add_row(cell["kind"], str(cell["depth"]), f"{cell['input_edges']} of {cell['edges']}", str(cell["antichain"]), operations)
+    out_console.print(table)
+
+
+@app.command()
+def analyse(
+    what: Annotated[str, typer.Argument(help="A run directory, a genotype file or a published name.")],
+    compare: Annotated[list[str] | None, typer.Option(help="More of the same, to set beside it.")] = None,
+    channels: Annotated[int, typer.Option(help="Base channels of the counted network.")] = 64,
+    cells: Annotated[int, typer.Option(help="Cells of the counted network.")] = 20,
+    size: Annotated[int, typer.Option(help="Height and width of the image.")] = 32,
+    image_channels: Annotated[int, typer.Option(help="Channels of the image.")] = 3,
+    classes: Annotated[int, typer.Option(help="Number of classes.")] = 10,
+    pictures: Annotated[Path | None, typer.Option(help="Folder for a picture of each cell.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Width, depth, operations, parameters and MACs of an architecture."""
+    from nas.analysis.complexity import complexity
+    from nas.analysis.drawing import draw_cell
+    from nas.analysis.topology import topology
+    from nas.model_file import ModelSpec
+
+    results = []
+    for name in [what, *(compare or [])]:
+        genotype = _genotype_of(name)
+        mean = (0.5,) * image_channels
+        labels = tuple(str(i) for i in range(classes))
+        spec = ModelSpec(genotype, channels, cells, (image_channels, size, size), labels, mean, mean)
+        try:
+            cost = complexity(spec)
+        except ValueError as error:
+            raise InputError(f"{name}: {error}") from None
+        entry = {"name": name, "genotype": genotype.to_data(), "digest": genotype.digest}
+        entry |= {"topology": [cell.to_data() for cell in topology(genotype)], "complexity": cost.to_data()}
+        results.append(entry)
+        if pictures is not None and isinstance(genotype, Genotype):
+            from nas.tensor_file import write_text
+
+            _make_folder(pictures)
+            for kind, cell in genotype.cells:
+                write_text(draw_cell(cell, f"{Path(name).stem}: {kind} cell"), pictures / f"{Path(name).stem}-{kind}.svg")
+        if not as_json:
+            out_console.print(
+                f"{name} ({genotype.digest}): {cost.parameters:,} parameters, {cost.macs / 1e6:,.1f} M MACs at "
+                f"{channels} channels, {cells} cells, {image_channels}x{size}x{size}",
+                highlight=False,
+                markup=False,
+            )
+            _print_topology(entry["topology"])
+    if as_json:
+        print(json.dumps(results))
+    elif pictures is None:
+        _next(f"nas analyse {what} --pictures pictures")
+
+
+def _genotype_of(name: str) -> AnyGenotype:
+    from runs.directory import open_run
+    from runs.tasks import found_genotype
+    from search_spaces.catalogue import load_genotype, space_of
+
+    if Path(name).is_dir():
+        genotype = found_genotype(open_run(Path(name)))
+        space_of(genotype)
+        return genotype
+    return load_genotype(name)
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {path}: {error.strerror}") from None
+
+
+@contextmanager
+def _context(path: Path, set_: list[str] | None = None) -> Iterator[Any]:
+    """A run to work on beside its own tasks, locked, with its progress shown."""
+    import torch
+
+    from runs.directory import open_run
+    from runs.recipe import _override, build
+    from runs.tasks import Context
+
+    run = open_run(path)
+    table = json.loads(json.dumps(run.table))
+    for override in set_ or []:
+        _override(table, override)
+    recipe = build(table)
+    torch.set_num_threads(recipe.general.threads)
+    with run.locked():
+        yield Context(run, recipe, lambda progress: None)
+
+
+@app.command()
+def compress(
+    path: RunArgument,
+    method: Annotated[str, typer.Option(help="Compression method (nas list compressors).")] = "magnitude",
+    model: Annotated[str, typer.Option(help="Network of the run.")] = "searched",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Setting of the method: key=value, e.g. keep=0.25.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of fine-tuning.")] = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Compress a trained network of a run, fine-tune it with the run's training method, and attack it."""
+    from runs.directory import write_json
+    from runs.tasks import compress_into, evaluate_into, model_folder
+    from nas.model_file import load_model
+
+    table_settings = [f"compress.name={json.dumps(method)}", *(f"compress.{item}" for item in set_ or [])]
+    if epochs is not None:
+        table_settings.append(f"compress.fine_tune.epochs={epochs}")
+    with _context(path, table_settings) as context:
+        source = _model_folder(model_folder(context.run, model), path, model)
+        folder = out or context.run.path / f"compress-{_label(method, set_, epochs, model)}"
+        _make_folder(folder)
+        if (folder / "result.json").exists():
+            raise InputError(f"{folder} holds a compressed network already: choose another --out")
+        result = compress_into(context, context.recipe.compress, source, folder)
+        _, compressed = load_model(folder, context.device)
+        evaluation = evaluate_into(context, compressed, context.recipe.evaluate.trials, folder)
+        result = {"name": folder.name, "role": "compressed", **result, **evaluation}
+        write_json(result, folder / "result.json")
+    if as_json:
+        print(json.dumps(result))
+        return
+    _print_models([result])
+    _next(f"nas attack {path} --model {folder.name}", f"nas export {path} --model {folder.name} --to py")
+
+
+@app.command()
+def attack(
+    path: RunArgument,
+    name: Annotated[str, typer.Option("--attack", help="Attack (nas list attacks), or 'recipe' for the recipe's trials.")] = "recipe",
+    model: Annotated[str, typer.Option(help="Network of the run: searched, compressed, plain, random-1, ...")] = "searched",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Setting of the attack: key=value, e.g. steps=100.")] = None,
+    restarts: Annotated[int, typer.Option(help="Starts; a sample is robust only if it survives all.")] = 1,
+    epsilon: Annotated[float | None, typer.Option(help="Radius, instead of the recipe's.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Attack a trained network of a run on the whole test set and suspect the result."""
+    from nas.model_file import load_model
+    from runs.directory import write_json
+    from runs.recipe import _override, attack_from
+    from runs.tasks import evaluate_into, model_folder
+    from nas.evaluation.robustness import Trial
+
+    overrides = [f"threat_model.epsilon={epsilon!r}"] if epsilon is not None else []
+    with _context(path, overrides) as context:
+        if name == "recipe":
+            if set_:
+                raise InputError("--set needs --attack: the recipe's trials are as the recipe says")
+            trials = dict(context.recipe.evaluate.trials)
+        else:
+            table: dict[str, Any] = {"name": name}
+            for item in set_ or []:
+                _override(table, item)
+            trials = {name: Trial(attack_from(table, "attack", context.recipe.threat_model), restarts)}
+        folder = _model_folder(model_folder(context.run, model), path, model)
+        _, network = load_model(folder, context.device)
+        label = _label(name, [*(set_ or []), *overrides], restarts if name != "recipe" else None, model)
+        target = context.run.folder(f"attack-{label}")
+        result = {"name": model, "role": model, **evaluate_into(context, network, trials, target)}
+        write_json(result, target / "result.json")
+    if as_json:
+        print(json.dumps(result))
+        return
+    low, high = result["interval"]
+    out_console.print(f"{model}: natural {result['natural']:.1%} on {result['n']} test images", highlight=False)
+    for trial, accuracy in result["attacks"].items():
+        out_console.print(f"  {trial}: {accuracy:.1%}  ({result['attack_settings'][trial]})", highlight=False, markup=False)
+    out_console.print(f"  worst case {result['worst_case']:.1%}, 95 % interval {low:.1%} to {high:.1%}", highlight=False)
+    for check in result["checks"]:
+        out_console.print(f"  {check['verdict']}: {check['name']}: {check['detail']}", markup=False, highlight=False)
+    out_console.print(f"written to {target / 'result.json'}", highlight=False)
+
+
+def _model_folder(default: Path, run: Path, model: str) -> Path:
+    """Where a network lies: a task's folder or one that ``nas compress`` made."""
+    for folder in (default, run / model):
+        if (folder / "model.json").is_file():
+            return folder
+    known = sorted({p.parent.name if p.parent.name != "compress" else "compressed" for p in run.rglob("model.json")} - {"export"})
+    raise InputError(f"{run} has no trained network '{model}': {nearest(model, known)}")
+
+
+def _label(name: str, settings: list[str] | None, number: int | None, model: str) -> str:
+    """A folder name that tells settings apart."""
+    parts = [name, model, *(settings or []), *([str(number)] if number is not None else [])]
+    return "".join(c if c.isalnum() or c in ".-_" else "_" for c in "-".join(parts))[:100]
+
+
+@app.command()
+def export(
+    path: RunArgument,
+    to: Annotated[str, typer.Option(help="Formats, separated by commas: json, safetensors, py.")] = "json,safetensors,py",
+    model: Annotated[str, typer.Option(help="Network of the run.")] = "searched",
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Export a trained network of a run; every file is reloaded in a fresh process and compared."""
+    from nas.export.package import export_model
+    from nas.export.parity import check_exports
+    from nas.model_file import load_model
+    from runs.tasks import model_folder
+
+    with _context(path) as context:
+        spec, network = load_model(_model_folder(model_folder(context.run, model), path, model))
+        folder = out or context.run.path / f"export-{model}"
+        _make_folder(folder)
+        export_model(spec, network, folder, tuple(part.strip() for part in to.split(",") if part.strip()))
+        rows = context.split.validation[:32]
+        inputs = context.data.x_train.cpu()[rows].float() / 255
+        files = [dataclasses.asdict(file) for file in check_exports(folder, spec, network, inputs)]
+    if as_json:
+        print(json.dumps(files))
+        return
+    for file in files:
+        difference = "" if file["difference"] is None else f"  (reloaded, largest logit difference {file['difference']:.1e})"
+        out_console.print(f"{folder / file['file']}{difference}", highlight=False, markup=False)
+
+
+@app.command()
+def report(path: RunArgument) -> None:
+    """Write the HTML page of a finished run again."""
+    from runs.directory import open_run, read_json
+    from runs.tasks import write_page
+
+    run_directory = open_run(path)
+    if not (path / "results.json").exists():
+        raise InputError(f"{path} is not finished: nas {run_directory.command} --resume {path} finishes it")
+    out_console.print(str(write_page(run_directory, read_json(path / "results.json"))), highlight=False)
+
+
+@app.command(name="list")
+def list_(
+    what: Annotated[str, typer.Argument(help="spaces, methods, attacks, compressors, data, recipes, genotypes or runs.")],
+    as_json: Json = False,
+) -> None:
+    """What there is, one line each."""
+    from nas import plugins
+    from runs.recipe import shipped
+    from search_spaces import catalogue
+
+    folders = {"methods": "training", "attacks": "attacks", "compressors": "compression", "data": "data"}
+    if what in folders:
+        rows = {name: plugins.summary(plugin) for name, plugin in plugins.available(folders[what]).items()}
+    elif what == "spaces":
+        rows = {name: _module_summary(name) for name in catalogue.spaces()}
+    elif what == "recipes":
+        rows = {name: _header(path) for name, path in shipped().items()}
+    elif what == "genotypes":
+        rows = {name: f"space {catalogue.load_genotype(name).space}" for name in catalogue.published()}
+    elif what == "runs":
+        rows = _runs(Path("runs"))
+    else:
+        known = [*folders, "spaces", "recipes", "genotypes", "runs"]
+        raise InputError(f"nothing is listed under '{what}': {nearest(what, known)}")
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for name, text in rows.items():
+        out_console.print(f"{name:<16} {text}", markup=False, highlight=False)
+
+
+def _module_summary(name: str) -> str:
+    import importlib
+
+    return (importlib.import_module(f"search_spaces.{name}").__doc__ or "").strip().splitlines()[0]
+
+
+def _header(path: Path) -> str:
+    """The first comment line of a recipe."""
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    return first.lstrip("# ").strip()
+
+
+def _runs(folder: Path) -> dict[str, str]:
+    rows = {}
+    for path in sorted(folder.glob("*/run.json")):
+        finished = (path.parent / "results.json").exists() or (path.parent / "analyse" / "result.json").exists()
+        rows[path.parent.name] = "finished" if finished else f"unfinished: nas run --resume {path.parent}"
+    return rows
+
+
+if __name__ == "__main__":
+    main()

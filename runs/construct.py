@@ -1,0 +1,97 @@
+"""Plain tables to dataclasses: every key checked, every value of the right type, defaults only in the dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from nas.errors import InputError, nearest
+
+
+def construct(cls: type, table: object, where: str, **given: Any) -> Any:
+    """An instance of dataclass ``cls`` from ``table``, which stands at ``where`` in the recipe.
+
+    given: fields that do not come from the recipe. Raises ``InputError`` naming the key, what is wrong and what
+    would be right.
+    """
+    entries = mapping(table, where)
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init and field.name not in given}
+    check_keys(entries, fields, where)
+    values = dict(given)
+    for name, value in entries.items():
+        values[name] = _value(hints[name], value, f"{where}.{name}")
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise InputError(f"{where}.{name} is missing: it has no default")
+    try:
+        return cls(**values)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def mapping(table: object, where: str) -> Mapping[str, Any]:
+    """``table`` if it is one."""
+    if not isinstance(table, Mapping):
+        raise InputError(f"{where} must be a table, not {_kind(table)}")
+    return table
+
+
+def check_keys(entries: Mapping[str, Any], known: typing.Iterable[str], where: str) -> None:
+    """Raise ``InputError`` for a key that is not known, naming the nearest one."""
+    names = list(known)
+    for key in entries:
+        if key not in names:
+            place = f"[{where}]" if where else "the recipe"
+            raise InputError(f"unknown key '{key}' in {place}: {nearest(key, names)}")
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as nested tables, for the record of a run."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        table = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"class": type(value).__name__, **table}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return construct(hint, value, where)
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple and arguments and dataclasses.is_dataclass(arguments[0]):
+        if not isinstance(value, list):
+            raise InputError(f"{where} must be a list of tables, not {_kind(value)}")
+        return tuple(_value(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    try:
+        # Strict JSON rules: lists become tuples, integers pass as floats, and nothing else is converted.
+        return TypeAdapter(hint).validate_json(json.dumps(value, default=str), strict=True)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].replace("Input should be", "it should be")
+        raise InputError(f"{where} = {_short(value)} is wrong: {reason} ({_name(hint)})") from None
+
+
+def _name(hint: Any) -> str:
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is not None:
+        return str(hint).replace("typing.", "")
+    return getattr(hint, "__name__", str(hint))
+
+
+def _kind(value: object) -> str:
+    names = {str: "a text", bool: "true or false", int: "a number", float: "a number", list: "a list"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

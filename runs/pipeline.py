@@ -1,0 +1,182 @@
+"""Carries out the tasks of a run: in order, several at once in worker processes, skipping those already done."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from nas.errors import InputError
+from runs.directory import RunDirectory, open_run
+from runs.recipe import Recipe, build
+from runs.tasks import Context, Task, device_of, plan
+
+
+class Observer(Protocol):
+    """Hears what happens: a task starts, progresses (0 to 1), ends."""
+
+    def started(self, task: str) -> None: ...
+
+    def progressed(self, task: str, progress: float) -> None: ...
+
+    def finished(self, task: str, seconds: float) -> None: ...
+
+
+class TaskFailed(RuntimeError):
+    """A task raised; the message is its traceback."""
+
+
+class WorkerDied(RuntimeError):
+    """A worker process ended without a word, as it does when the system is out of memory."""
+
+
+def carry_out(run: RunDirectory, observer: Observer) -> None:
+    """Do all tasks of ``run`` that are not done yet. Call it inside ``run.locked()``."""
+    recipe = build(run.table)
+    device_of(recipe.general.device)
+    tasks = plan(recipe, run.command)
+    pending = [task for task in tasks if run.result(task.name) is None]
+    for task in tasks:
+        if task not in pending:
+            observer.finished(task.name, 0.0)
+    if recipe.general.workers == 1 or len(pending) == 1:
+        for task in pending:
+            observer.started(task.name)
+            seconds = _do(run, recipe, task, lambda progress, name=task.name: observer.progressed(name, progress))
+            observer.finished(task.name, seconds)
+        return
+    _carry_out_in_workers(run, recipe.general.workers, pending, observer)
+
+
+def _do(run: RunDirectory, recipe: Recipe, task: Task, tick: Callable[[float], None]) -> float:
+    """Carry out one task in this process; returns its seconds."""
+    torch.set_num_threads(recipe.general.threads)
+    start = time.monotonic()
+    result = task.work(Context(run, recipe, tick))
+    seconds = time.monotonic() - start
+    run.finish(task.name, result, seconds)
+    return seconds
+
+
+@dataclass
+class _Worker:
+    process: Any
+    connection: Connection
+    task: str | None = None
+
+
+def _carry_out_in_workers(run: RunDirectory, count: int, pending: list[Task], observer: Observer) -> None:
+    context = multiprocessing.get_context("spawn")
+    workers: list[_Worker] = []
+    try:
+        for _ in range(min(count, len(pending))):
+            here, there = context.Pipe()
+            process = context.Process(target=_work, args=(there, str(run.path), os.getpid()), daemon=True)
+            process.start()
+            there.close()
+            workers.append(_Worker(process, here))
+        done = {task.name for task in plan(build(run.table), run.command)} - {task.name for task in pending}
+        waiting = list(pending)
+        while waiting or any(worker.task for worker in workers):
+            for worker in workers:
+                ready = next((task for task in waiting if set(task.needs) <= done), None)
+                if worker.task is None and ready is not None:
+                    waiting.remove(ready)
+                    worker.task = ready.name
+                    worker.connection.send(ready.name)
+                    observer.started(ready.name)
+            for connection in multiprocessing.connection.wait([worker.connection for worker in workers]):
+                worker = next(worker for worker in workers if worker.connection is connection)
+                finished = _hear(worker, observer)
+                if finished is not None:
+                    done.add(finished)
+    finally:
+        for worker in workers:
+            worker.process.terminate()
+        for worker in workers:
+            worker.process.join()
+
+
+def _hear(worker: _Worker, observer: Observer) -> str | None:
+    """Take one message of a worker; returns the task it finished, if it did. Raises what the task raised."""
+    task = worker.task or "?"
+    try:
+        kind, value = worker.connection.recv()
+    except EOFError:
+        worker.process.join()
+        raise WorkerDied(
+            f"the worker on task '{task}' died (exit code {worker.process.exitcode}); if memory ran out, lower workers or "
+            "batch sizes; --resume continues the run"
+        ) from None
+    if kind == "tick":
+        observer.progressed(task, value)
+        return None
+    if kind == "done":
+        observer.finished(task, value)
+        worker.task = None
+        return task
+    if kind == "input error":
+        raise InputError(value)
+    raise TaskFailed(f"task '{task}' failed\n{value}")
+
+
+def _work(connection: Connection, path: str, parent: int) -> None:
+    """Life of a worker process: receive a task's name, do it, report, until the parent is gone."""
+    _die_with(parent)
+    # Ctrl-C reaches the whole group; the parent decides, workers just end with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with open(Path(path) / "lock.workers", "a", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        run = open_run(Path(path))
+        recipe = build(run.table)
+        tasks = {task.name: task for task in plan(recipe, run.command)}
+        while True:
+            try:
+                name = connection.recv()
+            except EOFError:
+                return
+            last = 0.0
+
+            def tick(progress: float) -> None:
+                nonlocal last
+                if time.monotonic() - last > 0.2:
+                    last = time.monotonic()
+                    connection.send(("tick", progress))
+
+            try:
+                connection.send(("done", _do(run, recipe, tasks[name], tick)))
+            except InputError as error:
+                connection.send(("input error", str(error)))
+            except Exception:
+                connection.send(("error", traceback.format_exc()))
+
+
+def _die_with(parent: int) -> None:
+    """Make this process end when its parent does, even by kill -9: two writers on one run must never be."""
+    if sys.platform == "linux":
+        parent_death_signal = 1
+        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,375 @@
+"""Recipes: TOML in, objects out. Nothing below ``runs`` sees a recipe, only the objects."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from nas import plugins
+from nas.errors import InputError, nearest
+from nas.evaluation.robustness import Trial
+from nas.objective import Attack, Objective
+from nas.search.architecture_gradient import FirstOrder, Unrolled
+from nas.search.bilevel import Search
+from nas.threat_model import ThreatModel
+from nas.training.auxiliary import WithAuxiliary
+from nas.training.loop import Training
+from runs.construct import check_keys, construct, mapping
+from search_spaces.catalogue import spaces
+from search_spaces.cell_space import CellSpace
+from search_spaces.genotype import StageGenotype
+from search_spaces.layout import Layout
+
+Table = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class General:
+    """Top of a recipe.
+
+    device: "cpu", "cuda" or "auto" (cuda if there is one). workers: tasks carried out at once, each in its own
+    process. threads: CPU threads of each task; results depend on it in the last bits, so it belongs to the recipe.
+    """
+
+    name: str
+    seed: int = 0
+    device: str = "auto"
+    workers: int = 1
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.device not in ("cpu", "cuda", "auto"):
+            raise InputError(f"device must be 'cpu', 'cuda' or 'auto', not '{self.device}'")
+        if self.workers < 1 or self.threads < 1:
+            raise InputError("workers and threads must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise InputError("seed must be an integer from 0 to 2^63 - 1")
+        if not self.name or not all(c.isalnum() or c in "-_" for c in self.name):
+            raise InputError(f"name '{self.name[:40]}' may consist of letters, digits, '-' and '_' only")
+
+
+@dataclass(frozen=True)
+class DataPart:
+    """Where the images come from and how the training images are shared out.
+
+    validation: share held out to choose checkpoints; architecture: share of the rest the architecture learns on.
+    """
+
+    source: Any
+    architecture: float = 0.5
+    validation: float = 0.1
+
+
+@dataclass(frozen=True)
+class SearchPart:
+    """The search: its settings, what the weights minimise, and the attack of the adversarial objective."""
+
+    settings: Search
+    weight_objective: Objective
+    attack: Attack
+
+
+@dataclass(frozen=True)
+class TrainPart:
+    """Training a discovered network: its size, the method, and the attack that judges checkpoints."""
+
+    channels: int
+    cells: int
+    training: Training
+    objective: Objective
+    auxiliary_weight: float
+    validation_attack: Attack
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """What fine-tuning after compression changes in the training schedule; a quarter of both unless stated."""
+
+    epochs: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class CompressPart:
+    """A compression method and the epochs of fine-tuning with the training method that follow."""
+
+    method: Any
+    name: str
+    fine_tune: Training
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """What the searched network is compared with, trained and attacked alike.
+
+    random: number of random cell networks of equal size; tolerance: largest relative difference in parameters.
+    plain_depths, plain_widths: stages of a plain convolutional network, empty for none.
+    """
+
+    random: int = 3
+    tolerance: float = 0.05
+    plain_depths: tuple[int, ...] = ()
+    plain_widths: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.random < 0 or not 0 < self.tolerance < 1:
+            raise InputError("random must be at least 0, tolerance between 0 and 1")
+
+    @property
+    def plain(self) -> StageGenotype | None:
+        """The plain network, if there is one."""
+        if not self.plain_depths and not self.plain_widths:
+            return None
+        try:
+            return StageGenotype("plain", self.plain_depths, self.plain_widths)
+        except ValueError as error:
+            raise InputError(f"baselines: plain_depths and plain_widths: {error}") from None
+
+
+@dataclass(frozen=True)
+class EvaluatePart:
+    """The attacks of the final evaluation on the test set."""
+
+    trials: Mapping[str, Trial]
+    batch_size: int = 512
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as objects. table: the plain tables it came from, overrides included."""
+
+    general: General
+    data: DataPart
+    threat_model: ThreatModel
+    space: CellSpace
+    search: SearchPart
+    train: TrainPart
+    compress: CompressPart | None
+    baselines: Baselines
+    evaluate: EvaluatePart
+    table: Table = field(repr=False)
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the program, by name."""
+    folder = Path(str(resources.files("runs").joinpath("recipes")))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def read_table(name_or_path: str, overrides: Sequence[str] = (), seed: int | None = None) -> dict[str, Any]:
+    """The tables of a shipped recipe or a file, after ``--set key=value`` overrides."""
+    path = shipped().get(name_or_path)
+    if path is None:
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise InputError(f"no recipe '{name_or_path}': give a file or a shipped recipe; {nearest(name_or_path, shipped())}")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not TOML: {error}") from None
+    except OSError as error:
+        raise InputError(f"cannot read recipe {path}: {error.strerror}") from None
+    table.setdefault("name", path.stem)
+    if seed is not None:
+        table["seed"] = seed
+    for override in overrides:
+        _override(table, override)
+    return table
+
+
+def build(table: Table) -> Recipe:
+    """The objects a recipe's tables describe. Raises ``InputError`` for the first thing that is wrong."""
+    parts = ("data", "threat_model", "space", "search", "train", "compress", "baselines", "evaluate")
+    general_fields = [f.name for f in dataclasses.fields(General)]
+    check_keys(table, [*general_fields, *parts], "")
+    for required in ("data", "search", "train", "evaluate"):
+        if required not in table:
+            raise InputError(f"the recipe has no [{required}] table")
+    general = construct(General, {key: table[key] for key in general_fields if key in table}, "recipe")
+    threat_model = construct(ThreatModel, table.get("threat_model", {}), "threat_model")
+    train = _train(table["train"], threat_model)
+    return Recipe(
+        general=general,
+        data=_data(table["data"]),
+        threat_model=threat_model,
+        space=_space(table.get("space", {"name": "dsara"})),
+        search=_search(table["search"], threat_model),
+        train=train,
+        compress=_compress(table["compress"], train.training) if "compress" in table else None,
+        baselines=construct(Baselines, table.get("baselines", {}), "baselines"),
+        evaluate=_evaluate(table["evaluate"], threat_model),
+        table=copy.deepcopy(dict(table)),
+    )
+
+
+def attack_from(table: object, where: str, threat_model: ThreatModel, loss: str | None = None) -> Attack:
+    """The attack a table names; ``loss`` is used where the table does not state one and the attack has one."""
+    entries = dict(mapping(table, where))
+    cls = plugins.load("attacks", _name(entries, where))
+    if loss is not None and "loss" in {f.name for f in dataclasses.fields(cls)}:
+        entries.setdefault("loss", loss)
+    attack: Attack = construct(cls, entries, where, threat_model=threat_model)
+    return attack
+
+
+def method_from(table: object, where: str, attack_table: object, attack_where: str, threat_model: ThreatModel) -> Objective:
+    """The training method a table names, given its attack if it takes one."""
+    entries = dict(mapping(table, where))
+    cls = plugins.load("training", _name(entries, where))
+    takes_attack = "attack" in {f.name for f in dataclasses.fields(cls)}
+    given = {}
+    if takes_attack:
+        loss = getattr(cls, "inner_loss", None)
+        given["attack"] = attack_from(attack_table, attack_where, threat_model, loss)
+    objective: Objective = construct(cls, entries, where, **given)
+    return objective
+
+
+def _name(entries: dict[str, Any], where: str) -> str:
+    name = entries.pop("name", None)
+    if not isinstance(name, str):
+        raise InputError(f"{where}.name is missing: it says which one to use")
+    return name
+
+
+def _data(table: object) -> DataPart:
+    entries = dict(mapping(table, "data"))
+    shares = {key: entries.pop(key) for key in ("architecture", "validation") if key in entries}
+    source = construct(plugins.load("data", _name(entries, "data")), entries, "data")
+    return construct(DataPart, shares, "data", source=source)
+
+
+def _space(table: object) -> CellSpace:
+    entries = dict(mapping(table, "space"))
+    name = _name(entries, "space")
+    space = spaces().get(name)
+    if not isinstance(space, CellSpace):
+        cell_spaces = [key for key, value in spaces().items() if isinstance(value, CellSpace)]
+        raise InputError(f"no cell space '{name}' to search: {nearest(name, cell_spaces)}")
+    try:
+        if entries:
+            defaults = space.layout.to_data()
+            layout = construct(Layout, {**defaults, **entries}, "space")
+            space = dataclasses.replace(space, layout=layout)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"space: {error}") from None
+    return space
+
+
+def _search(table: object, threat_model: ThreatModel) -> SearchPart:
+    entries = dict(mapping(table, "search"))
+    attack_table = entries.pop("attack", {"name": "pgd"})
+    method_table = entries.pop("method", {"name": "pgd_at"})
+    gradient = _gradient(entries.pop("gradient", {"name": "unrolled"}))
+    return SearchPart(
+        settings=construct(Search, entries, "search", gradient=gradient),
+        weight_objective=method_from(method_table, "search.method", attack_table, "search.attack", threat_model),
+        attack=attack_from(attack_table, "search.attack", threat_model),
+    )
+
+
+def _gradient(table: object) -> FirstOrder | Unrolled:
+    entries = dict(mapping(table, "search.gradient"))
+    kinds = {"first_order": FirstOrder, "unrolled": Unrolled}
+    name = _name(entries, "search.gradient")
+    if name not in kinds:
+        raise InputError(f"unknown search.gradient '{name}': {nearest(name, kinds)}")
+    gradient: FirstOrder | Unrolled = construct(kinds[name], entries, "search.gradient")
+    return gradient
+
+
+def _train(table: object, threat_model: ThreatModel) -> TrainPart:
+    entries = dict(mapping(table, "train"))
+    attack_table = entries.pop("attack", {"name": "pgd"})
+    method_table = entries.pop("method", {"name": "pgd_at"})
+    validation_table = entries.pop("validation_attack", {"name": "pgd", "steps": 10})
+    auxiliary_weight = entries.pop("auxiliary_weight", 0.0)
+    if isinstance(auxiliary_weight, bool) or not isinstance(auxiliary_weight, int | float) or auxiliary_weight < 0:
+        raise InputError(f"train.auxiliary_weight must be a number of at least 0, not {auxiliary_weight!r}")
+    size = {key: entries.pop(key) for key in ("channels", "cells") if key in entries}
+    objective = method_from(method_table, "train.method", attack_table, "train.attack", threat_model)
+    return construct(
+        TrainPart,
+        size,
+        "train",
+        training=construct(Training, entries, "train"),
+        objective=objective,
+        auxiliary_weight=float(auxiliary_weight),
+        validation_attack=attack_from(validation_table, "train.validation_attack", threat_model),
+    )
+
+
+def _compress(table: object, training: Training) -> CompressPart:
+    entries = dict(mapping(table, "compress"))
+    fine_tune = {
+        "epochs": max(1, training.epochs // 4),
+        "learning_rate": training.optimiser.learning_rate / 4,
+        **mapping(entries.pop("fine_tune", {}), "compress.fine_tune"),
+    }
+    chosen: FineTune = construct(FineTune, fine_tune, "compress.fine_tune")
+    optimiser = dataclasses.replace(training.optimiser, learning_rate=chosen.learning_rate)
+    name = _name(entries, "compress")
+    method = construct(plugins.load("compression", name), entries, "compress")
+    return CompressPart(method, name, dataclasses.replace(training, epochs=chosen.epochs, optimiser=optimiser))
+
+
+def _evaluate(table: object, threat_model: ThreatModel) -> EvaluatePart:
+    entries = dict(mapping(table, "evaluate"))
+    trial_tables = entries.pop("trials", None)
+    if not isinstance(trial_tables, list) or not trial_tables:
+        raise InputError("evaluate.trials must be a list of at least one table, each with an attack")
+    trials: dict[str, Trial] = {}
+    for index, item in enumerate(trial_tables):
+        where = f"evaluate.trials[{index}]"
+        trial = dict(mapping(item, where))
+        label = _name(trial, where)
+        check_keys(trial, ("attack", "restarts"), where)
+        if label in trials:
+            raise InputError(f"{where}: there are two trials named '{label}'")
+        attack = attack_from(trial.pop("attack", None), f"{where}.attack", threat_model)
+        trials[label] = construct(Trial, trial, where, attack=attack)
+    return construct(EvaluatePart, entries, "evaluate", trials=trials)
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    """Apply ``section.key=value``; the value is TOML, and text where it is not."""
+    key, separator, text = override.partition("=")
+    path = key.strip().split(".")
+    if not separator or not all(path):
+        raise InputError(f"--set {override}: write key=value, e.g. --set search.channels=8")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    target: Any = table
+    for name in path[:-1]:
+        if isinstance(target, list):
+            if not name.isdigit() or int(name) >= len(target):
+                raise InputError(f"--set {key}: '{name}' is not an entry of that list of {len(target)}")
+            target = target[int(name)]
+        else:
+            target = target.setdefault(name, {})
+        if not isinstance(target, dict | list):
+            raise InputError(f"--set {key}: '{name}' is a value, not a table")
+    if isinstance(target, list):
+        if not path[-1].isdigit() or int(path[-1]) >= len(target):
+            raise InputError(f"--set {key}: '{path[-1]}' is not an entry of that list of {len(target)}")
+        target[int(path[-1])] = value
+    else:
+        target[path[-1]] = value
+
+
+def network_objective(train: TrainPart) -> tuple[Objective, bool]:
+    """The training objective with its auxiliary head if the recipe weighs one, and whether it does."""
+    if train.auxiliary_weight:
+        return WithAuxiliary(train.objective, train.auxiliary_weight), True
+    return train.objective, False
+

@@ -1,0 +1,395 @@
+"""The tasks of a run: what each needs, and what it does in its own folder of the run directory.
+
+A task reads the results of those it needs, writes into its folder, and ends with result.json. It can be killed
+at any moment: started again, it continues from its checkpoint or from its beginning to the same result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nas.analysis.complexity import complexity, nonzero_parameters, parameters_of
+from nas.analysis.drawing import draw_cell
+from nas.analysis.topology import topology
+from nas.data.image_data import ImageData
+from nas.data.split import Split, split
+from nas.errors import InputError
+from nas.evaluation.robustness import evaluate
+from nas.evaluation.suspicion import suspicions
+from nas.export.package import export_model
+from nas.export.parity import check_exports
+from nas.model_file import ModelSpec, load_model, save_model, weights_digest, with_plan
+from nas.objective import Objective
+from nas.randomness import derived_seed, generator
+from nas.report.page import verdict, write_report
+from nas.search.bilevel import search
+from nas.search.random_cells import random_cells
+from nas.tensor_file import write_text
+from nas.training.auxiliary import WithAuxiliary
+from nas.training.loop import Training, train
+from nas.training.pgd_at import PgdAt
+from nas.training.standard import Standard
+from runs.directory import RunDirectory, flatten, read_json, write_json
+from runs.metrics import MetricsLog
+from runs.recipe import CompressPart, Recipe
+from search_spaces.genotype import AnyGenotype, Genotype, genotype_from_data, write_genotype
+
+Tick = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a task works with: the run, its recipe, and where to report progress."""
+
+    run: RunDirectory
+    recipe: Recipe
+    tick: Tick
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the recipe."""
+        return device_of(self.recipe.general.device)
+
+    @property
+    def seed(self) -> int:
+        """The seed of the recipe."""
+        return self.recipe.general.seed
+
+    @cached_property
+    def data(self) -> ImageData:
+        """The data set, on the device."""
+        data: ImageData = self.recipe.data.source()
+        return data.to(self.device)
+
+    @cached_property
+    def split(self) -> Split:
+        """Weights, architecture and validation part of the training images."""
+        part = self.recipe.data
+        return split(
+            self.data.y_train.cpu(), architecture=part.architecture, validation=part.validation, seed=self.seed
+        )
+
+    def spec(self, genotype: AnyGenotype, auxiliary: bool = False) -> ModelSpec:
+        """The network of ``genotype`` at the recipe's size for its data."""
+        data, part = self.data, self.recipe.train
+        return ModelSpec(
+            genotype, part.channels, part.cells, data.input_shape, data.classes, data.mean, data.std, auxiliary
+        )
+
+
+@dataclass(frozen=True)
+class Task:
+    """A unit of work that is done or not: its name, which is its folder, what must be done before, and the work."""
+
+    name: str
+    needs: tuple[str, ...]
+    work: Callable[[Context], dict[str, Any]]
+
+
+def plan(recipe: Recipe, command: str) -> list[Task]:
+    """The tasks of ``nas run``, ``nas search`` or ``nas train``, each after those it needs."""
+    tasks = [Task("search", (), _given if command == "train" else _search), Task("analyse", ("search",), _analyse)]
+    if command == "search":
+        return tasks
+    full = command == "run"
+    plain = full and recipe.baselines.plain is not None
+    networks = ["searched"] + [f"random-{i + 1}" for i in range(recipe.baselines.random if full else 0)]
+    # The plain baseline needs no search: it is first, so that a second worker has something to do meanwhile.
+    if plain:
+        tasks[:0] = [Task("train/plain", (), _train("plain")), Task("evaluate/plain", ("train/plain",), _evaluate("plain"))]
+    for name in networks:
+        tasks.append(Task(f"train/{name}", ("analyse",), _train(name)))
+    models = list(networks)
+    if full and recipe.compress is not None:
+        tasks.append(Task("compress", ("train/searched",), _compress))
+        models.append("compressed")
+    for name in models:
+        trained = "compress" if name == "compressed" else f"train/{name}"
+        tasks.append(Task(f"evaluate/{name}", (trained,), _evaluate(name)))
+    tasks.append(Task("export", tuple("compress" if n == "compressed" else "train/searched" for n in models if n in ("searched", "compressed")), _export))
+    before = [task.name for task in tasks]
+    tasks.append(Task("report", tuple(before), _report))
+    return tasks
+
+
+def device_of(name: str) -> torch.device:
+    """The device a recipe names; "auto" is cuda where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device = 'cuda', but this machine has no usable GPU: use --set device=cpu")
+    return torch.device(name)
+
+
+def model_folder(run: RunDirectory, model: str) -> Path:
+    """Where a trained network of a run lies."""
+    return run.path / ("compress" if model == "compressed" else f"train/{model}")
+
+
+def found_genotype(run: RunDirectory) -> AnyGenotype:
+    """The genotype the run searched for or was given."""
+    return genotype_from_data(run.needed("search")["genotype"])
+
+
+def _search(context: Context) -> dict[str, Any]:
+    recipe, folder = context.recipe, context.run.folder("search")
+    part = recipe.search
+    with MetricsLog(folder) as metrics:
+        result = search(
+            recipe.space,
+            context.data,
+            context.split,
+            part.settings,
+            weight_objective=part.weight_objective,
+            objectives={"natural": Standard(), "adversarial": PgdAt(part.attack)},
+            attack=part.attack,
+            seed=context.seed,
+            checkpoint=folder / "checkpoint.safetensors",
+            log=metrics.log,
+            history=metrics.restore,
+            tick=context.tick,
+        )
+    write_genotype(result.genotype, folder / "genotype.json")
+    return {
+        "genotype": result.genotype.to_data(),
+        "mixing_weights": {kind: table.tolist() for kind, table in result.weights.items()},
+        "epochs": [{k: v for k, v in record.items() if k not in ("genotype", "warnings")} for record in result.records],
+        "warnings": result.warnings,
+    }
+
+
+def _given(context: Context) -> dict[str, Any]:
+    """The genotype named on the command line stands in for a search."""
+    genotype = genotype_from_data(context.run.genotype)
+    write_genotype(genotype, context.run.folder("search") / "genotype.json")
+    return {"genotype": genotype.to_data(), "epochs": [], "warnings": []}
+
+
+def _analyse(context: Context) -> dict[str, Any]:
+    folder, genotype = context.run.folder("analyse"), found_genotype(context.run)
+    spec = context.spec(genotype)
+    size = complexity(spec)
+    result: dict[str, Any] = {
+        "topology": [cell.to_data() for cell in topology(genotype)],
+        "complexity": size.to_data(),
+        "random": [],
+    }
+    if not isinstance(genotype, Genotype):
+        return result
+    for kind, cell in genotype.cells:
+        write_text(draw_cell(cell, f"{kind} cell"), folder / f"{kind}.svg")
+    if context.run.command == "run" and context.recipe.baselines.random:
+        chosen = random_cells(
+            context.recipe.space,
+            context.recipe.baselines.random,
+            lambda candidate: parameters_of(dataclasses.replace(spec, genotype=candidate)),
+            size.parameters,
+            context.recipe.baselines.tolerance,
+            generator(context.seed, "random cells"),
+        )
+        result["random"] = [candidate.to_data() for candidate in chosen]
+    return result
+
+
+def _train(name: str) -> Callable[[Context], dict[str, Any]]:
+    def work(context: Context) -> dict[str, Any]:
+        recipe, run = context.recipe, context.run
+        if name == "plain":
+            genotype: AnyGenotype = _required_plain(recipe)
+        elif name == "searched":
+            genotype = found_genotype(run)
+        else:
+            genotype = genotype_from_data(run.needed("analyse")["random"][int(name.removeprefix("random-")) - 1])
+        objective: Objective = recipe.train.objective
+        auxiliary = bool(recipe.train.auxiliary_weight) and isinstance(genotype, Genotype)
+        if auxiliary:
+            objective = WithAuxiliary(objective, recipe.train.auxiliary_weight)
+        spec = context.spec(genotype, auxiliary)
+        model = fresh(spec, derived_seed(context.seed, f"weights {name}")).to(context.device)
+        records = _fit(context, model, objective, recipe.train.training, run.folder(f"train/{name}"), name)
+        return _model_result(spec, model, run.folder(f"train/{name}"), records)
+
+    return work
+
+
+def _required_plain(recipe: Recipe) -> AnyGenotype:
+    plain = recipe.baselines.plain
+    if plain is None:
+        raise InputError("the recipe has no plain baseline")
+    return plain
+
+
+def _compress(context: Context) -> dict[str, Any]:
+    part = context.recipe.compress
+    if part is None:
+        raise InputError("the recipe has no [compress] table")
+    return compress_into(context, part, model_folder(context.run, "searched"), context.run.folder("compress"))
+
+
+def compress_into(context: Context, part: CompressPart, source: Path, folder: Path) -> dict[str, Any]:
+    """Compress the trained network in ``source``, fine-tune it, and leave it in ``folder``."""
+    spec, dense = load_model(source, context.device)
+    decided = part.method.plan(dense)
+    spec = with_plan(dataclasses.replace(spec, auxiliary=False), decided)
+    state = {name: tensor for name, tensor in dense.state_dict().items() if not name.startswith("auxiliary.")}
+    plain = dataclasses.replace(spec, plans=spec.plans[:-1]).build()
+    plain.load_state_dict(state)
+    model = decided.apply(plain.to(context.device))
+    objective = context.recipe.train.objective
+    records = _fit(context, model, objective, part.fine_tune, folder, f"compressed {part.name}")
+    result = _model_result(spec, model, folder, records)
+    result["plan"] = [{"name": p.name, "action": p.action, "reason": p.reason} for p in decided.layers]
+    return result
+
+
+def fresh(spec: ModelSpec, seed: int) -> nn.Module:
+    """The network with initial weights that depend on the seed only."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return spec.build()
+
+
+def _fit(
+    context: Context, model: nn.Module, objective: Objective, training: Training, folder: Path, purpose: str
+) -> list[dict[str, Any]]:
+    with MetricsLog(folder) as metrics:
+        return train(
+            model,
+            context.data,
+            context.split,
+            objective,
+            training,
+            validation_attack=context.recipe.train.validation_attack,
+            seed=derived_seed(context.seed, f"train {purpose}"),
+            checkpoint=folder / "checkpoint.safetensors",
+            log=metrics.log,
+            history=metrics.restore,
+            tick=context.tick,
+        )
+
+
+def _model_result(spec: ModelSpec, model: nn.Module, folder: Path, records: list[dict[str, Any]]) -> dict[str, Any]:
+    save_model(spec, model, folder)
+    size = complexity(spec)
+    return {
+        "genotype": spec.genotype.to_data(),
+        "parameters": size.parameters,
+        "nonzero": nonzero_parameters(model),
+        "macs": size.macs,
+        "digest": weights_digest(model),
+        "training": records,
+    }
+
+
+def _evaluate(name: str) -> Callable[[Context], dict[str, Any]]:
+    def work(context: Context) -> dict[str, Any]:
+        run, folder = context.run, context.run.folder(f"evaluate/{name}")
+        spec, model = load_model(model_folder(run, name), context.device)
+        del spec
+        return evaluate_into(context, model, context.recipe.evaluate.trials, folder)
+
+    return work
+
+
+def evaluate_into(context: Context, model: nn.Module, trials: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Attack ``model`` on the whole test set, check the attacks, and keep the masks in ``folder``."""
+    data = context.data
+    x = data.x_test.float() / 255
+    evaluation = evaluate(
+        model,
+        x,
+        data.y_test,
+        trials,
+        seed=context.seed,
+        batch_size=context.recipe.evaluate.batch_size,
+        progress_file=folder / "progress.safetensors",
+        tick=lambda progress: context.tick(0.95 * progress),
+    )
+    checks = suspicions(model, x, data.y_test, evaluation, context.recipe.threat_model, seed=context.seed)
+    return {
+        **evaluation.to_data(),
+        "seed": context.seed,
+        "digest": weights_digest(model),
+        "checks": [dataclasses.asdict(check) for check in checks],
+    }
+
+
+def _export(context: Context) -> dict[str, Any]:
+    run = context.run
+    # The test set is for the final evaluation only: exports are compared on held-out training images.
+    rows = context.split.validation[:32].to(context.device)
+    inputs = (context.data.x_train[rows].float() / 255).cpu()
+    files = []
+    for name in ("searched", "compressed"):
+        if not (model_folder(run, name) / "result.json").exists():
+            continue
+        spec, model = load_model(model_folder(run, name))
+        folder = run.folder("export" if name == "searched" else "export/compressed")
+        export_model(spec, model, folder, ("json", "safetensors", "py"))
+        for file in check_exports(folder, spec, model, inputs):
+            entry = str((folder / file.file).relative_to(run.path))
+            files.append({"file": entry, "format": file.format, "difference": file.difference})
+    return {"files": files}
+
+
+def _report(context: Context) -> dict[str, Any]:
+    results = collect(context)
+    write_json(results, context.run.path / "results.json")
+    write_page(context.run, results)
+    return {"verdict": results["verdict"]}
+
+
+def write_page(run: RunDirectory, results: Mapping[str, Any]) -> Path:
+    """report.html of a run; times are only here, so that results.json of equal runs are equal."""
+    timing = {
+        str(path.parent.relative_to(run.path)): read_json(path)["seconds"] for path in sorted(run.path.rglob("timing.json"))
+    }
+    environment = read_json(run.path / "environment.json")
+    write_report({**results, "environment": environment, "timing": timing}, run.path / "report.html")
+    return run.path / "report.html"
+
+
+def collect(context: Context) -> dict[str, Any]:
+    """Everything a run found, from the results of its tasks."""
+    run, recipe, data = context.run, context.recipe, context.data
+    searched, analysis = run.needed("search"), run.needed("analyse")
+    models = []
+    names = ["searched", "compressed", *(f"random-{i + 1}" for i in range(len(analysis["random"]))), "plain"]
+    for name in names:
+        evaluation = run.result(f"evaluate/{name}")
+        if evaluation is None:
+            continue
+        trained = run.needed("compress" if name == "compressed" else f"train/{name}")
+        role = "random" if name.startswith("random-") else name
+        models.append({"name": name, "role": role, **trained, **evaluation})
+    results: dict[str, Any] = {
+        "schema": 1,
+        "name": recipe.general.name,
+        "command": f"nas {run.command} {recipe.general.name}",
+        "seed": recipe.general.seed,
+        "threat_model": {"norm": recipe.threat_model.norm, "epsilon": recipe.threat_model.epsilon},
+        "data": {
+            "name": data.name,
+            "input_shape": list(data.input_shape),
+            "classes": list(data.classes),
+            "train": len(data.y_train),
+            "test": len(data.y_test),
+            "digest": data.digest,
+        },
+        "recipe": flatten(run.table),
+        "genotype": searched["genotype"],
+        "search": {"epochs": searched["epochs"], "warnings": searched["warnings"]},
+        "analysis": {"topology": analysis["topology"], "complexity": analysis["complexity"]},
+        "models": models,
+        "export": (run.result("export") or {"files": []})["files"],
+    }
+    results["verdict"] = verdict(results)
+    return results

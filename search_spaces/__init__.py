@@ -1,0 +1,1 @@
+"""What can be built: genotypes, candidate operations, cells, layouts, networks and supernets."""

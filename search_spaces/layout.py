@@ -1,0 +1,91 @@
+"""Layout: which kind of cell stands where, and the filter ratio of each section.
+
+A network of L cells is cut into sections by reduction cells; each section repeats one kind of cell and
+has its own number of filters. Ablations of placement (A-A-R, R-R-A, ...) and of the ratio (1:2:2, 1:2:4, ...)
+are other values of this data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class PlacedCell:
+    """One cell of a network: its kind, filters per node, whether it halves the map, and its section."""
+
+    kind: str
+    channels: int
+    reduces: bool
+    section: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Kinds of cell by section, the filter ratio of the sections, and the kind that joins two sections.
+
+    sections: kind of the normal cells of each section, from input to output.
+    ratio: filters of each section in units of the network's base channels.
+    reduction: kind of the cell at the start of every section but the first.
+    """
+
+    sections: tuple[str, ...]
+    ratio: tuple[int, ...]
+    reduction: str = "reduction"
+
+    def __post_init__(self) -> None:
+        if not self.sections:
+            raise ValueError("a layout needs at least one section")
+        if len(self.sections) != len(self.ratio):
+            raise ValueError(f"{len(self.sections)} sections but {len(self.ratio)} numbers in the filter ratio")
+        if min(self.ratio) < 1 or max(self.ratio) > 1024:
+            raise ValueError("the filter ratio must consist of integers from 1 to 1024")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The distinct kinds of cell in order of first appearance, reduction included."""
+        order = [self.sections[0]]
+        for kind in self.sections[1:]:
+            order += [self.reduction, kind]
+        return tuple(dict.fromkeys(order))
+
+    @property
+    def minimum_cells(self) -> int:
+        """The fewest cells with which every kind of cell appears and no two reductions coincide."""
+        return next(count for count in range(len(self.sections), 4 * len(self.sections) + 1) if self._complete(count))
+
+    def reductions(self, cells: int) -> tuple[int, ...]:
+        """Indices of the reduction cells in a network of ``cells`` cells: i*L // S, as in DARTS and ARNAS."""
+        sections = len(self.sections)
+        return tuple(i * cells // sections for i in range(1, sections))
+
+    def place(self, cells: int, channels: int) -> tuple[PlacedCell, ...]:
+        """The cells of a network of ``cells`` cells and ``channels`` base channels, from input to output."""
+        if cells < self.minimum_cells:
+            raise ValueError(
+                f"{cells} cells are too few for {len(self.sections)} sections ({'-'.join(self.sections)}): "
+                f"give at least {self.minimum_cells}"
+            )
+        if channels < 1:
+            raise ValueError(f"channels must be at least 1, not {channels}")
+        reductions = self.reductions(cells)
+        placed = []
+        for index in range(cells):
+            section = sum(index >= reduction for reduction in reductions)
+            reduces = index in reductions
+            kind = self.reduction if reduces else self.sections[section]
+            placed.append(PlacedCell(kind, channels * self.ratio[section], reduces, section))
+        return tuple(placed)
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain lists and dictionaries, as written to JSON."""
+        return {"sections": list(self.sections), "ratio": list(self.ratio), "reduction": self.reduction}
+
+    def _complete(self, cells: int) -> bool:
+        """Whether every kind of cell appears at least once."""
+        reductions = self.reductions(cells)
+        normal = {
+            self.sections[sum(i >= r for r in reductions)] for i in range(cells) if i not in reductions
+        }
+        return normal == set(self.sections) and len(set(reductions)) == len(reductions)

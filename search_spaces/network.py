@@ -1,0 +1,157 @@
+"""The network of a cell genotype: stem, placed cells, global pooling, classifier, optional auxiliary head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from search_spaces import kernels, operations
+from search_spaces.genotype import Cell, Genotype
+from search_spaces.layers import BatchNorm2d, Normalise
+from search_spaces.operations import FactorisedReduce, ReluConvBn
+
+LARGEST_STEM_OUTPUT = 64
+"""The stem halves the image until its shorter side is at most this: 32, 64 -> stride 1; 96 -> 2; 224 -> 4."""
+
+
+class DiscreteCell(nn.Module):
+    """One cell: two inputs brought to ``channels``, the chosen operations, concatenated intermediate nodes.
+
+    Input 0 is the output of the cell before the previous one, input 1 that of the previous one.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        in_channels: tuple[int, int],
+        channels: int,
+        *,
+        reduces: bool,
+        previous_reduces: bool,
+    ) -> None:
+        super().__init__()
+        self.preprocess0 = cell_input(in_channels[0], channels, halve=previous_reduces)
+        self.preprocess1 = cell_input(in_channels[1], channels, halve=False)
+        self.cell = cell
+        self.operations = nn.ModuleList(
+            operations.build(edge.operation, channels, 2 if reduces and edge.source < 2 else 1)
+            for node in cell.nodes
+            for edge in node
+        )
+
+    def forward(self, input0: Tensor, input1: Tensor) -> Tensor:
+        nodes = [self.preprocess0(input0), self.preprocess1(input1)]
+        modules = iter(self.operations)
+        for incoming in self.cell.nodes:
+            total = next(modules)(nodes[incoming[0].source])
+            for edge in incoming[1:]:
+                total = total + next(modules)(nodes[edge.source])
+            nodes.append(total)
+        return kernels.concatenate(nodes[2:])
+
+
+class AuxiliaryHead(nn.Module):
+    """A second classifier on the map where the last section begins; used in training only."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Conv2d(channels, 128, 1, bias=False),
+            nn.BatchNorm2d(128),
+            nn.ReLU(),
+            nn.Conv2d(128, 768, 2, bias=False),
+            nn.BatchNorm2d(768),
+            nn.ReLU(),
+        )
+        self.classifier = nn.Linear(768, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x.contiguous()).flatten(1))
+
+
+class CellNetwork(nn.Module):
+    """A network of cells: pixels [N, C, H, W] in [0, 1] to logits [N, classes]. Normalisation is inside.
+
+    With an auxiliary head, ``auxiliary`` also runs in train mode; its output goes to whoever hooks it
+    (nas.training.auxiliary), never into the logits.
+    """
+
+    def __init__(
+        self,
+        genotype: Genotype,
+        *,
+        channels: int,
+        cells: int,
+        input_shape: tuple[int, int, int],
+        classes: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        auxiliary: bool = False,
+    ) -> None:
+        super().__init__()
+        placed = genotype.layout.place(cells, channels)
+        self.normalise = Normalise(mean, std)
+        self.stem = stem(input_shape, 3 * channels)
+        in_channels = (3 * channels, 3 * channels)
+        previous_reduces = False
+        self.cells = nn.ModuleList()
+        for place in placed:
+            cell = genotype.cell[place.kind]
+            self.cells.append(
+                DiscreteCell(
+                    cell, in_channels, place.channels, reduces=place.reduces, previous_reduces=previous_reduces
+                )
+            )
+            in_channels = (in_channels[1], len(cell.nodes) * place.channels)
+            previous_reduces = place.reduces
+        reductions = [index for index, place in enumerate(placed) if place.reduces]
+        self.auxiliary_after = reductions[-1] if reductions and auxiliary else None
+        if self.auxiliary_after is not None:
+            place = placed[self.auxiliary_after]
+            nodes = len(genotype.cell[place.kind].nodes)
+            self.auxiliary = AuxiliaryHead(nodes * place.channels, classes)
+        self.classifier = nn.Linear(in_channels[1], classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        previous = current = self.stem(self.normalise(x))
+        for index, cell in enumerate(self.cells):
+            previous, current = current, cell(previous, current)
+            if self.training and index == self.auxiliary_after:
+                self.auxiliary(current)
+        return self.classifier(current.mean((2, 3)))
+
+
+def cell_input(in_channels: int, channels: int, *, halve: bool, affine: bool = True) -> nn.Module:
+    """What brings an input of a cell to ``channels`` filters and, after a reduction, to half the map."""
+    if halve:
+        return FactorisedReduce(in_channels, channels, affine)
+    return ReluConvBn(in_channels, channels, affine)
+
+
+def stem(input_shape: tuple[int, int, int], channels: int) -> nn.Sequential:
+    """3x3 convolution and BN to ``channels`` filters, after as many halving ones as the image needs."""
+    in_channels, height, width = input_shape
+    halvings = 0
+    while min(height, width) > LARGEST_STEM_OUTPUT << halvings:
+        halvings += 1
+    layers: list[nn.Module] = []
+    for _ in range(halvings - 1):
+        half = (channels + 1) // 2
+        layers += [nn.Conv2d(in_channels, half, 3, 2, 1, bias=False), nn.BatchNorm2d(half), nn.ReLU()]
+        in_channels = half
+    layers += [
+        nn.Conv2d(in_channels, channels, 3, 2 if halvings else 1, 1, bias=False),
+        BatchNorm2d(channels),
+    ]
+    return nn.Sequential(*layers)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Weights of the network as deployed: without the auxiliary head, which exists in training only."""
+    return sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if not name.startswith("auxiliary.") and torch.is_floating_point(parameter)
+    )

@@ -1,0 +1,148 @@
+"""The candidate operations of cell spaces: a name, what it computes, and its module in a discrete cell.
+
+``OPERATIONS`` describes each as data (kind, kernel, dilation, repeats); ``build`` makes the module of one
+operation, and the supernet (mixed.py) computes all operations leaving a node together from the same data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from search_spaces import kernels
+from search_spaces.layers import (
+    BatchNorm2d,
+    DepthwiseConv2d,
+    KeepsDerived,
+    PointwiseConv2d,
+    folded,
+    separable_stage,
+)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A candidate operation.
+
+    kind: "conv" ([ReLU, depthwise, 1x1, BN] repeated), "max_pool", "avg_pool", "skip" or "none" (zero).
+    """
+
+    kind: str
+    kernel: int = 0
+    dilation: int = 1
+    repeats: int = 1
+
+    @property
+    def parameter_free(self) -> bool:
+        """Whether it has no weights at stride 1. Searches that collapse fill cells with such operations."""
+        return self.kind != "conv"
+
+
+OPERATIONS: dict[str, Operation] = {
+    "none": Operation("none"),
+    "max_pool_3x3": Operation("max_pool", 3),
+    "avg_pool_3x3": Operation("avg_pool", 3),
+    "skip_connect": Operation("skip"),
+    "sep_conv_3x3": Operation("conv", 3, repeats=2),
+    "sep_conv_5x5": Operation("conv", 5, repeats=2),
+    "dil_conv_3x3": Operation("conv", 3, dilation=2),
+    "dil_conv_5x5": Operation("conv", 5, dilation=2),
+}
+
+
+class SeparableConv(KeepsDerived, nn.Sequential):
+    """[ReLU, depthwise K x K, 1x1, BN], ``repeats`` times; the stride is in the first depthwise convolution."""
+
+    def __init__(self, channels: int, kernel: int, stride: int, dilation: int, repeats: int) -> None:
+        stages: list[nn.Module] = []
+        for index in range(repeats):
+            stages += [
+                nn.ReLU(),
+                DepthwiseConv2d(channels, kernel, stride if index == 0 else 1, dilation),
+                PointwiseConv2d(channels, channels),
+                BatchNorm2d(channels),
+            ]
+        super().__init__(*stages)
+
+    def forward(self, x: Tensor) -> Tensor:
+        modules = list(self)
+        for stage in range(0, len(modules), 4):
+            activation, depthwise, pointwise, norm = modules[stage : stage + 4]
+            x = separable_stage(x, activation, depthwise, pointwise, norm, self.kept, stage)
+        return x
+
+
+class MaxPool(nn.Module):
+    """3x3 max pooling."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.max_pool(x, self.stride)
+
+
+class AvgPool(nn.Module):
+    """3x3 average pooling that does not count the padding."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.avg_pool(x, self.stride)
+
+
+class FactorisedReduce(nn.Module):
+    """Halves the map without losing pixels: ReLU, two 1x1 convolutions on offset halves, concatenated, BN."""
+
+    def __init__(self, in_channels: int, out_channels: int, affine: bool = True) -> None:
+        super().__init__()
+        first = (out_channels + 1) // 2
+        self.activation = nn.ReLU()
+        self.even = PointwiseConv2d(in_channels, first)
+        # A single output channel leaves nothing for the odd pixels.
+        self.odd = PointwiseConv2d(in_channels, out_channels - first) if out_channels > first else None
+        self.bn = BatchNorm2d(out_channels, affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        even, odd = kernels.offset_halves(self.activation(x))
+        halves = [self.even(even)]
+        if self.odd is not None:
+            halves.append(self.odd(odd))
+        return self.bn(kernels.concatenate(halves))
+
+
+class ReluConvBn(KeepsDerived, nn.Sequential):
+    """ReLU, 1x1 convolution, BN: brings an input of a cell to its number of channels."""
+
+    def __init__(self, in_channels: int, out_channels: int, affine: bool = True) -> None:
+        super().__init__(nn.ReLU(), PointwiseConv2d(in_channels, out_channels), BatchNorm2d(out_channels, affine))
+
+    def forward(self, x: Tensor) -> Tensor:
+        activation, pointwise, norm = self
+        if self.kept is None or norm.training or not kernels.matrix_form(x):
+            return norm(pointwise(activation(x)))
+        if () not in self.kept:
+            self.kept[()] = folded(pointwise.weight.flatten(1), norm)
+        weight, bias = self.kept[()]
+        batch, channels, height, width = x.shape
+        rows = kernels.channel_major(activation(x)).view(channels, -1)
+        return torch.addmm(bias, weight, rows).view(-1, batch, height, width).transpose(0, 1)
+
+
+def build(name: str, channels: int, stride: int) -> nn.Module:
+    """The module of operation ``name`` on ``channels`` filters, for a discrete cell ("none" has no module)."""
+    operation = OPERATIONS[name]
+    if operation.kind == "conv":
+        return SeparableConv(channels, operation.kernel, stride, operation.dilation, operation.repeats)
+    if operation.kind == "max_pool":
+        return MaxPool(stride)
+    if operation.kind == "avg_pool":
+        return AvgPool(stride)
+    if operation.kind == "skip":
+        return nn.Identity() if stride == 1 else FactorisedReduce(channels, channels)
+    raise ValueError(f"operation '{name}' has no module: it removes its edge")

@@ -1,0 +1,86 @@
+"""Exported files: written as asked, and checked in a fresh process against the model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import nas
+from nas.errors import InputError
+from nas.export.package import FORMATS, ExportedFile, export_model
+from nas.export.parity import ExportMismatch, check_exports
+from search_spaces.genotype import read_genotype
+
+
+def test_every_format_writes_its_files_and_nothing_else(arnas, tmp_path):
+    folder = tmp_path / "new" / "export"
+    files = export_model(arnas.spec, arnas.model, folder, [*FORMATS, "json"])
+    expected = [ExportedFile(file, name) for name, entry in FORMATS.items() for file in entry.files]
+    assert files == expected
+    assert {path.name for path in folder.iterdir()} == {file.file for file in files}
+    assert read_genotype(folder / "genotype.json") == arnas.spec.genotype
+
+
+def test_unknown_format_is_refused_before_anything_is_written(arnas, tmp_path):
+    with pytest.raises(InputError, match="unknown export format 'pickle'; known: json, safetensors, py"):
+        export_model(arnas.spec, arnas.model, tmp_path / "export", ["json", "pickle"])
+    assert not (tmp_path / "export").exists()
+
+
+def test_fresh_process_gives_the_same_logits(pruned, tmp_path):
+    files = export_model(pruned.spec, pruned.model, tmp_path, list(FORMATS))
+    model = pruned.model.train()
+    checked = check_exports(tmp_path, pruned.spec, model, pruned.inputs)
+    assert model.training
+    assert [(file.file, file.format) for file in checked] == [(file.file, file.format) for file in files]
+    for file in checked:
+        assert file.difference is None if file.format == "json" else file.difference <= 1e-5
+
+
+def test_altered_weight_is_found(arnas, tmp_path):
+    export_model(arnas.spec, arnas.model, tmp_path, list(FORMATS))
+    weights = load_file(tmp_path / "network.safetensors")
+    weights["cells.4.dil_conv_3x3_4_to_5.pointwise.weight"][0, 0] += 0.01
+    save_file(weights, tmp_path / "network.safetensors")
+    with pytest.raises(ExportMismatch, match=r"network\.py gives logits that differ") as caught:
+        check_exports(tmp_path, arnas.spec, arnas.model, arnas.inputs)
+    assert caught.value.file == "network.py"
+    assert caught.value.difference > 1e-5
+
+
+def test_source_that_needs_the_package_is_found(arnas, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(nas.__file__).parents[1]))
+    export_model(arnas.spec, arnas.model, tmp_path, ["py"])
+    source = tmp_path / "network.py"
+    source.write_text(source.read_text() + "\nimport nas.errors\n")
+    with pytest.raises(ExportMismatch, match=r"network\.py cannot be used"):
+        check_exports(tmp_path, arnas.spec, arnas.model, arnas.inputs)
+
+
+def test_other_specification_and_logits_that_are_no_numbers_are_found(arnas, tmp_path, monkeypatch):
+    from nas.export import parity
+
+    def reports(plain, logits):
+        monkeypatch.setattr(parity, "_reloaded", lambda *_: ({"py": {"plain": plain}}, {"py": logits}))
+
+    (tmp_path / "network.py").touch()
+    with torch.no_grad():
+        logits = arnas.model(arnas.inputs)
+    arguments = (tmp_path, arnas.spec, arnas.model, arnas.inputs)
+    reports(list(arnas.spec.classes), logits + 0.9e-5)
+    assert check_exports(*arguments)[0].difference == pytest.approx(0.9e-5, rel=0.1)
+    for plain, wrong, message in [
+        (list(arnas.spec.classes[::-1]), logits, "another network"),
+        (list(arnas.spec.classes), logits + 1.2e-5, "differ"),
+        (list(arnas.spec.classes), logits * float("nan"), "differ"),
+        (list(arnas.spec.classes), logits[:1], "shape"),
+    ]:
+        reports(plain, wrong)
+        with pytest.raises(ExportMismatch, match=message):
+            check_exports(*arguments)
+
+
+def test_folder_without_exports_is_refused(arnas, tmp_path):
+    with pytest.raises(InputError, match="no exported files"):
+        check_exports(tmp_path, arnas.spec, arnas.model, arnas.inputs)
