@@ -13,9 +13,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from nas.errors import InputError, nearest
+from runs.show import error_console, models_table, next_commands, out_console, topology_table
 from search_spaces.genotype import AnyGenotype, Genotype, GenotypeError
 
 app = typer.Typer(
@@ -25,9 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-out_console = Console(soft_wrap=True)
-error_console = Console(stderr=True, soft_wrap=True)
 
 RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe (nas list recipes) or a TOML file.")]
 RunArgument = Annotated[Path, typer.Argument(help="A run directory.")]
@@ -177,8 +174,8 @@ def _conclude(directory: Any, as_json: bool) -> None:
         if as_json:
             print(genotype.read_text(encoding="utf-8"))
             return
-        _print_topology(directory.needed("analyse")["topology"])
-        _next(
+        topology_table(directory.needed("analyse")["topology"])
+        next_commands(
             f"nas analyse {genotype}",
             f"nas train {directory.table['name']} --genotype {genotype}",
         )
@@ -187,42 +184,14 @@ def _conclude(directory: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps(results))
         return
-    _print_models(results["models"])
+    models_table(results["models"])
     for line in results["verdict"]:
         out_console.print(line, markup=False, highlight=False)
-    _next(f"open {path / 'report.html'}", f"nas attack {path} --attack pgd --set steps=100", f"tensorboard --logdir {path}")
-
-
-def _next(*commands: str) -> None:
-    out_console.print("next:", style="bold")
-    for command in commands:
-        out_console.print(f"  {command}", markup=False, highlight=False)
-
-
-def _print_models(models: list[dict[str, Any]]) -> None:
-    attacks = list(models[0]["attacks"])
-    table = Table("network", "parameters", "non-zero", "MACs", "natural", *attacks, "worst case", "95 % interval")
-    for model in models:
-        low, high = model["interval"]
-        table.add_row(
-            model["name"],
-            f"{model['parameters']:,}",
-            f"{model['nonzero']:,}",
-            f"{model['macs'] / 1e6:.2f} M",
-            f"{model['natural']:.1%}",
-            *(f"{model['attacks'][name]:.1%}" for name in attacks),
-            f"{model['worst_case']:.1%}",
-            f"{low:.1%} to {high:.1%}",
-        )
-    out_console.print(table)
-
-
-def _print_topology(cells: list[dict[str, Any]]) -> None:
-    table = Table("cell", "depth", "edges from inputs", "antichain", "operations")
-    for cell in cells:
-        operations = ", ".join(f"{count} {name}" for name, count in cell["operations"].items())
-        table.add_row(cell["kind"], str(cell["depth"]), f"{cell['input_edges']} of {cell['edges']}", str(cell["antichain"]), operations)
-    out_console.print(table)
+    next_commands(
+        f"open {path / 'report.html'}",
+        f"nas attack {path} --attack pgd --set steps=100",
+        f"tensorboard --logdir {path}",
+    )
 
 
 @app.command()
@@ -253,15 +222,24 @@ def analyse(
             cost = complexity(spec)
         except ValueError as error:
             raise InputError(f"{name}: {error}") from None
-        entry = {"name": name, "genotype": genotype.to_data(), "digest": genotype.digest}
-        entry |= {"topology": [cell.to_data() for cell in topology(genotype)], "complexity": cost.to_data()}
-        results.append(entry)
+        cell_data = [cell.to_data() for cell in topology(genotype)]
+        results.append(
+            {
+                "name": name,
+                "genotype": genotype.to_data(),
+                "digest": genotype.digest,
+                "topology": cell_data,
+                "complexity": cost.to_data(),
+            }
+        )
         if pictures is not None and isinstance(genotype, Genotype):
             from nas.tensor_file import write_text
 
             _make_folder(pictures)
             for kind, cell in genotype.cells:
-                write_text(draw_cell(cell, f"{Path(name).stem}: {kind} cell"), pictures / f"{Path(name).stem}-{kind}.svg")
+                write_text(
+                    draw_cell(cell, f"{Path(name).stem}: {kind} cell"), pictures / f"{Path(name).stem}-{kind}.svg"
+                )
         if not as_json:
             out_console.print(
                 f"{name} ({genotype.digest}): {cost.parameters:,} parameters, {cost.macs / 1e6:,.1f} M MACs at "
@@ -269,11 +247,11 @@ def analyse(
                 highlight=False,
                 markup=False,
             )
-            _print_topology(entry["topology"])
+            topology_table(cell_data)
     if as_json:
         print(json.dumps(results))
     elif pictures is None:
-        _next(f"nas analyse {what} --pictures pictures")
+        next_commands(f"nas analyse {what} --pictures pictures")
 
 
 def _genotype_of(name: str) -> AnyGenotype:
@@ -301,13 +279,13 @@ def _context(path: Path, set_: list[str] | None = None) -> Iterator[Any]:
     import torch
 
     from runs.directory import open_run
-    from runs.recipe import _override, build
+    from runs.recipe import override_key, build
     from runs.tasks import Context
 
     run = open_run(path)
     table = json.loads(json.dumps(run.table))
     for override in set_ or []:
-        _override(table, override)
+        override_key(table, override)
     recipe = build(table)
     torch.set_num_threads(recipe.general.threads)
     with run.locked():
@@ -319,15 +297,17 @@ def compress(
     path: RunArgument,
     method: Annotated[str, typer.Option(help="Compression method (nas list compressors).")] = "magnitude",
     model: Annotated[str, typer.Option(help="Network of the run.")] = "searched",
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Setting of the method: key=value, e.g. keep=0.25.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Setting of the method: key=value, e.g. keep=0.25.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of fine-tuning.")] = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Compress a trained network of a run, fine-tune it with the run's training method, and attack it."""
+    from nas.model_file import load_model
     from runs.directory import write_json
     from runs.tasks import compress_into, evaluate_into, model_folder
-    from nas.model_file import load_model
 
     table_settings = [f"compress.name={json.dumps(method)}", *(f"compress.{item}" for item in set_ or [])]
     if epochs is not None:
@@ -346,26 +326,32 @@ def compress(
     if as_json:
         print(json.dumps(result))
         return
-    _print_models([result])
-    _next(f"nas attack {path} --model {folder.name}", f"nas export {path} --model {folder.name} --to py")
+    models_table([result])
+    next_commands(f"nas attack {path} --model {folder.name}", f"nas export {path} --model {folder.name} --to py")
 
 
 @app.command()
 def attack(
     path: RunArgument,
-    name: Annotated[str, typer.Option("--attack", help="Attack (nas list attacks), or 'recipe' for the recipe's trials.")] = "recipe",
-    model: Annotated[str, typer.Option(help="Network of the run: searched, compressed, plain, random-1, ...")] = "searched",
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Setting of the attack: key=value, e.g. steps=100.")] = None,
+    name: Annotated[
+        str, typer.Option("--attack", help="Attack (nas list attacks), or 'recipe' for the recipe's trials.")
+    ] = "recipe",
+    model: Annotated[
+        str, typer.Option(help="Network of the run: searched, compressed, plain, random-1, ...")
+    ] = "searched",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Setting of the attack: key=value, e.g. steps=100.")
+    ] = None,
     restarts: Annotated[int, typer.Option(help="Starts; a sample is robust only if it survives all.")] = 1,
     epsilon: Annotated[float | None, typer.Option(help="Radius, instead of the recipe's.")] = None,
     as_json: Json = False,
 ) -> None:
     """Attack a trained network of a run on the whole test set and suspect the result."""
+    from nas.evaluation.robustness import Trial
     from nas.model_file import load_model
     from runs.directory import write_json
-    from runs.recipe import _override, attack_from
+    from runs.recipe import override_key, attack_from
     from runs.tasks import evaluate_into, model_folder
-    from nas.evaluation.robustness import Trial
 
     overrides = [f"threat_model.epsilon={epsilon!r}"] if epsilon is not None else []
     with _context(path, overrides) as context:
@@ -376,7 +362,7 @@ def attack(
         else:
             table: dict[str, Any] = {"name": name}
             for item in set_ or []:
-                _override(table, item)
+                override_key(table, item)
             trials = {name: Trial(attack_from(table, "attack", context.recipe.threat_model), restarts)}
         folder = _model_folder(model_folder(context.run, model), path, model)
         _, network = load_model(folder, context.device)
@@ -390,8 +376,12 @@ def attack(
     low, high = result["interval"]
     out_console.print(f"{model}: natural {result['natural']:.1%} on {result['n']} test images", highlight=False)
     for trial, accuracy in result["attacks"].items():
-        out_console.print(f"  {trial}: {accuracy:.1%}  ({result['attack_settings'][trial]})", highlight=False, markup=False)
-    out_console.print(f"  worst case {result['worst_case']:.1%}, 95 % interval {low:.1%} to {high:.1%}", highlight=False)
+        out_console.print(
+            f"  {trial}: {accuracy:.1%}  ({result['attack_settings'][trial]})", highlight=False, markup=False
+        )
+    out_console.print(
+        f"  worst case {result['worst_case']:.1%}, 95 % interval {low:.1%} to {high:.1%}", highlight=False
+    )
     for check in result["checks"]:
         out_console.print(f"  {check['verdict']}: {check['name']}: {check['detail']}", markup=False, highlight=False)
     out_console.print(f"written to {target / 'result.json'}", highlight=False)
@@ -402,7 +392,9 @@ def _model_folder(default: Path, run: Path, model: str) -> Path:
     for folder in (default, run / model):
         if (folder / "model.json").is_file():
             return folder
-    known = sorted({p.parent.name if p.parent.name != "compress" else "compressed" for p in run.rglob("model.json")} - {"export"})
+    known = sorted(
+        {p.parent.name if p.parent.name != "compress" else "compressed" for p in run.rglob("model.json")} - {"export"}
+    )
     raise InputError(f"{run} has no trained network '{model}': {nearest(model, known)}")
 
 
@@ -415,7 +407,9 @@ def _label(name: str, settings: list[str] | None, number: int | None, model: str
 @app.command()
 def export(
     path: RunArgument,
-    to: Annotated[str, typer.Option(help="Formats, separated by commas: json, safetensors, py.")] = "json,safetensors,py",
+    to: Annotated[
+        str, typer.Option(help="Formats, separated by commas: json, safetensors, py.")
+    ] = "json,safetensors,py",
     model: Annotated[str, typer.Option(help="Network of the run.")] = "searched",
     out: Out = None,
     as_json: Json = False,
@@ -438,7 +432,9 @@ def export(
         print(json.dumps(files))
         return
     for file in files:
-        difference = "" if file["difference"] is None else f"  (reloaded, largest logit difference {file['difference']:.1e})"
+        difference = (
+            "" if file["difference"] is None else f"  (reloaded, largest logit difference {file['difference']:.1e})"
+        )
         out_console.print(f"{folder / file['file']}{difference}", highlight=False, markup=False)
 
 
@@ -456,7 +452,9 @@ def report(path: RunArgument) -> None:
 
 @app.command(name="list")
 def list_(
-    what: Annotated[str, typer.Argument(help="spaces, methods, attacks, compressors, data, recipes, genotypes or runs.")],
+    what: Annotated[
+        str, typer.Argument(help="spaces, methods, attacks, compressors, data, recipes, genotypes or runs.")
+    ],
     as_json: Json = False,
 ) -> None:
     """What there is, one line each."""

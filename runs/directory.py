@@ -1,10 +1,10 @@
 """The run directory: the record of a run, from which it continues after any crash and is read without the program.
 
-    run.json          what was asked for: command, recipe tables, genotype if one was given
-    environment.json  what it ran on
-    <task>/           one folder a task: metrics.jsonl, TensorBoard events, checkpoint, and result.json, which is
-                      written last: a task is done if and only if it has one
-    results.json      everything found, once all tasks are done;  report.html: the same to look at
+run.json          what was asked for: command, recipe tables, genotype if one was given
+environment.json  what it ran on
+<task>/           one folder a task: metrics.jsonl, TensorBoard events, checkpoint, and result.json, which is
+                  written last: a task is done if and only if it has one
+results.json      everything found, once all tasks are done;  report.html: the same to look at
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,7 +57,7 @@ def carry_out(run: RunDirectory, observer: Observer) -> None:
     if recipe.general.workers == 1 or len(pending) == 1:
         for task in pending:
             observer.started(task.name)
-            seconds = _do(run, recipe, task, lambda progress, name=task.name: observer.progressed(name, progress))
+            seconds = _do(run, recipe, task, partial(observer.progressed, task.name))
             observer.finished(task.name, seconds)
         return
     _carry_out_in_workers(run, recipe.general.workers, pending, observer)
@@ -64,7 +65,8 @@ def carry_out(run: RunDirectory, observer: Observer) -> None:
 
 def _do(run: RunDirectory, recipe: Recipe, task: Task, tick: Callable[[float], None]) -> float:
     """Carry out one task in this process; returns its seconds."""
-    torch.set_num_threads(recipe.general.threads)
+    general = recipe.general
+    torch.set_num_threads(general.threads if task.alone else max(1, general.threads // general.workers))
     start = time.monotonic()
     result = task.work(Context(run, recipe, tick))
     seconds = time.monotonic() - start
@@ -119,8 +121,8 @@ def _hear(worker: _Worker, observer: Observer) -> str | None:
     except EOFError:
         worker.process.join()
         raise WorkerDied(
-            f"the worker on task '{task}' died (exit code {worker.process.exitcode}); if memory ran out, lower workers or "
-            "batch sizes; --resume continues the run"
+            f"the worker on task '{task}' died (exit code {worker.process.exitcode}); if memory ran out, lower workers "
+            "or batch sizes; --resume continues the run"
         ) from None
     if kind == "tick":
         observer.progressed(task, value)

@@ -34,7 +34,8 @@ class General:
     """Top of a recipe.
 
     device: "cpu", "cuda" or "auto" (cuda if there is one). workers: tasks carried out at once, each in its own
-    process. threads: CPU threads of each task; results depend on it in the last bits, so it belongs to the recipe.
+    process. threads: CPU threads; the search uses all, other tasks share them among the workers. Results depend on the
+    number of threads in their last bits, so it belongs to the recipe.
     """
 
     name: str
@@ -77,14 +78,22 @@ class SearchPart:
 
 @dataclass(frozen=True)
 class TrainPart:
-    """Training a discovered network: its size, the method, and the attack that judges checkpoints."""
+    """Training a discovered network: its size, the method, and the attack that judges checkpoints.
 
-    channels: int
-    cells: int
+    cells and either channels, the base channels, or parameters, the size for which the channels are chosen.
+    """
+
     training: Training
     objective: Objective
     auxiliary_weight: float
     validation_attack: Attack
+    cells: int
+    channels: int = 0
+    parameters: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.channels > 0) == (self.parameters > 0):
+            raise InputError("give either channels or parameters (the size for which channels are chosen), above 0")
 
 
 @dataclass(frozen=True)
@@ -168,7 +177,9 @@ def read_table(name_or_path: str, overrides: Sequence[str] = (), seed: int | Non
     if path is None:
         path = Path(name_or_path)
         if not path.is_file():
-            raise InputError(f"no recipe '{name_or_path}': give a file or a shipped recipe; {nearest(name_or_path, shipped())}")
+            raise InputError(
+                f"no recipe '{name_or_path}': give a file or a shipped recipe; {nearest(name_or_path, shipped())}"
+            )
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -179,7 +190,7 @@ def read_table(name_or_path: str, overrides: Sequence[str] = (), seed: int | Non
     if seed is not None:
         table["seed"] = seed
     for override in overrides:
-        _override(table, override)
+        override_key(table, override)
     return table
 
 
@@ -194,12 +205,22 @@ def build(table: Table) -> Recipe:
     general = construct(General, {key: table[key] for key in general_fields if key in table}, "recipe")
     threat_model = construct(ThreatModel, table.get("threat_model", {}), "threat_model")
     train = _train(table["train"], threat_model)
+    space = _space(table.get("space", {"name": "dsara"}))
+    search = _search(table["search"], threat_model)
+    for where, cells, channels in (
+        ("search", search.settings.cells, search.settings.channels),
+        ("train", train.cells, train.channels or 1),
+    ):
+        try:
+            space.layout.place(cells, channels)
+        except ValueError as error:
+            raise InputError(f"{where}: {error}") from None
     return Recipe(
         general=general,
         data=_data(table["data"]),
         threat_model=threat_model,
-        space=_space(table.get("space", {"name": "dsara"})),
-        search=_search(table["search"], threat_model),
+        space=space,
+        search=search,
         train=train,
         compress=_compress(table["compress"], train.training) if "compress" in table else None,
         baselines=construct(Baselines, table.get("baselines", {}), "baselines"),
@@ -218,7 +239,9 @@ def attack_from(table: object, where: str, threat_model: ThreatModel, loss: str 
     return attack
 
 
-def method_from(table: object, where: str, attack_table: object, attack_where: str, threat_model: ThreatModel) -> Objective:
+def method_from(
+    table: object, where: str, attack_table: object, attack_where: str, threat_model: ThreatModel
+) -> Objective:
     """The training method a table names, given its attack if it takes one."""
     entries = dict(mapping(table, where))
     cls = plugins.load("training", _name(entries, where))
@@ -294,7 +317,7 @@ def _train(table: object, threat_model: ThreatModel) -> TrainPart:
     auxiliary_weight = entries.pop("auxiliary_weight", 0.0)
     if isinstance(auxiliary_weight, bool) or not isinstance(auxiliary_weight, int | float) or auxiliary_weight < 0:
         raise InputError(f"train.auxiliary_weight must be a number of at least 0, not {auxiliary_weight!r}")
-    size = {key: entries.pop(key) for key in ("channels", "cells") if key in entries}
+    size = {key: entries.pop(key) for key in ("channels", "cells", "parameters") if key in entries}
     objective = method_from(method_table, "train.method", attack_table, "train.attack", threat_model)
     return construct(
         TrainPart,
@@ -339,7 +362,7 @@ def _evaluate(table: object, threat_model: ThreatModel) -> EvaluatePart:
     return construct(EvaluatePart, entries, "evaluate", trials=trials)
 
 
-def _override(table: dict[str, Any], override: str) -> None:
+def override_key(table: dict[str, Any], override: str) -> None:
     """Apply ``section.key=value``; the value is TOML, and text where it is not."""
     key, separator, text = override.partition("=")
     path = key.strip().split(".")
@@ -372,4 +395,3 @@ def network_objective(train: TrainPart) -> tuple[Objective, bool]:
     if train.auxiliary_weight:
         return WithAuxiliary(train.objective, train.auxiliary_weight), True
     return train.objective, False
-

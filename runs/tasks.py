@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nas.analysis.complexity import complexity, nonzero_parameters, parameters_of
+from nas.analysis.complexity import complexity, nonzero_parameters, parameters_of, with_parameters
 from nas.analysis.drawing import draw_cell
 from nas.analysis.topology import topology
 from nas.data.image_data import ImageData
@@ -77,34 +77,38 @@ class Context:
             self.data.y_train.cpu(), architecture=part.architecture, validation=part.validation, seed=self.seed
         )
 
-    def spec(self, genotype: AnyGenotype, auxiliary: bool = False) -> ModelSpec:
-        """The network of ``genotype`` at the recipe's size for its data."""
+    def spec(self, genotype: AnyGenotype, channels: int = 0) -> ModelSpec:
+        """The network of ``genotype`` for the recipe's data, at the recipe's size unless ``channels`` are given."""
         data, part = self.data, self.recipe.train
-        return ModelSpec(
-            genotype, part.channels, part.cells, data.input_shape, data.classes, data.mean, data.std, auxiliary
-        )
+        known = channels or part.channels
+        spec = ModelSpec(genotype, known or 1, part.cells, data.input_shape, data.classes, data.mean, data.std)
+        return spec if known else with_parameters(spec, part.parameters)
 
 
 @dataclass(frozen=True)
 class Task:
-    """A unit of work that is done or not: its name, which is its folder, what must be done before, and the work."""
+    """A unit of work that is done or not: its name, which is its folder, what must be done before, and the work.
+
+    alone: everything else waits for it, so it may use all threads.
+    """
 
     name: str
     needs: tuple[str, ...]
     work: Callable[[Context], dict[str, Any]]
+    alone: bool = False
 
 
 def plan(recipe: Recipe, command: str) -> list[Task]:
     """The tasks of ``nas run``, ``nas search`` or ``nas train``, each after those it needs."""
-    tasks = [Task("search", (), _given if command == "train" else _search), Task("analyse", ("search",), _analyse)]
+    tasks = [
+        Task("search", (), _given if command == "train" else _search, alone=True),
+        Task("analyse", ("search",), _analyse),
+    ]
     if command == "search":
         return tasks
     full = command == "run"
-    plain = full and recipe.baselines.plain is not None
     networks = ["searched"] + [f"random-{i + 1}" for i in range(recipe.baselines.random if full else 0)]
-    # The plain baseline needs no search: it is first, so that a second worker has something to do meanwhile.
-    if plain:
-        tasks[:0] = [Task("train/plain", (), _train("plain")), Task("evaluate/plain", ("train/plain",), _evaluate("plain"))]
+    networks += ["plain"] if full and recipe.baselines.plain is not None else []
     for name in networks:
         tasks.append(Task(f"train/{name}", ("analyse",), _train(name)))
     models = list(networks)
@@ -114,7 +118,8 @@ def plan(recipe: Recipe, command: str) -> list[Task]:
     for name in models:
         trained = "compress" if name == "compressed" else f"train/{name}"
         tasks.append(Task(f"evaluate/{name}", (trained,), _evaluate(name)))
-    tasks.append(Task("export", tuple("compress" if n == "compressed" else "train/searched" for n in models if n in ("searched", "compressed")), _export))
+    exported = ("train/searched", "compress") if "compressed" in models else ("train/searched",)
+    tasks.append(Task("export", exported, _export))
     before = [task.name for task in tasks]
     tasks.append(Task("report", tuple(before), _report))
     return tasks
@@ -187,32 +192,35 @@ def _analyse(context: Context) -> dict[str, Any]:
     for kind, cell in genotype.cells:
         write_text(draw_cell(cell, f"{kind} cell"), folder / f"{kind}.svg")
     if context.run.command == "run" and context.recipe.baselines.random:
+        part = context.recipe.baselines
+
+        def fit(candidate: Genotype) -> tuple[int, int]:
+            fitted = with_parameters(dataclasses.replace(spec, genotype=candidate), size.parameters)
+            return fitted.channels, parameters_of(fitted)
+
         chosen = random_cells(
-            context.recipe.space,
-            context.recipe.baselines.random,
-            lambda candidate: parameters_of(dataclasses.replace(spec, genotype=candidate)),
-            size.parameters,
-            context.recipe.baselines.tolerance,
-            generator(context.seed, "random cells"),
+            context.recipe.space, part.random, fit, size.parameters, part.tolerance, generator(context.seed, "random")
         )
-        result["random"] = [candidate.to_data() for candidate in chosen]
+        result["random"] = [{"genotype": drawn.to_data(), "channels": channels} for drawn, channels in chosen]
     return result
 
 
 def _train(name: str) -> Callable[[Context], dict[str, Any]]:
     def work(context: Context) -> dict[str, Any]:
         recipe, run = context.recipe, context.run
+        channels = 0
         if name == "plain":
             genotype: AnyGenotype = _required_plain(recipe)
         elif name == "searched":
             genotype = found_genotype(run)
         else:
-            genotype = genotype_from_data(run.needed("analyse")["random"][int(name.removeprefix("random-")) - 1])
+            drawn = run.needed("analyse")["random"][int(name.removeprefix("random-")) - 1]
+            genotype, channels = genotype_from_data(drawn["genotype"]), drawn["channels"]
         objective: Objective = recipe.train.objective
         auxiliary = bool(recipe.train.auxiliary_weight) and isinstance(genotype, Genotype)
         if auxiliary:
             objective = WithAuxiliary(objective, recipe.train.auxiliary_weight)
-        spec = context.spec(genotype, auxiliary)
+        spec = dataclasses.replace(context.spec(genotype, channels), auxiliary=auxiliary)
         model = fresh(spec, derived_seed(context.seed, f"weights {name}")).to(context.device)
         records = _fit(context, model, objective, recipe.train.training, run.folder(f"train/{name}"), name)
         return _model_result(spec, model, run.folder(f"train/{name}"), records)
@@ -349,9 +357,8 @@ def _report(context: Context) -> dict[str, Any]:
 
 def write_page(run: RunDirectory, results: Mapping[str, Any]) -> Path:
     """report.html of a run; times are only here, so that results.json of equal runs are equal."""
-    timing = {
-        str(path.parent.relative_to(run.path)): read_json(path)["seconds"] for path in sorted(run.path.rglob("timing.json"))
-    }
+    paths = sorted(run.path.rglob("timing.json"))
+    timing = {str(path.parent.relative_to(run.path)): read_json(path)["seconds"] for path in paths}
     environment = read_json(run.path / "environment.json")
     write_report({**results, "environment": environment, "timing": timing}, run.path / "report.html")
     return run.path / "report.html"

@@ -60,7 +60,11 @@ def space_of(genotype: AnyGenotype) -> Space:
 def published() -> dict[str, Path]:
     """Published genotypes by name."""
     folder = resources.files("search_spaces").joinpath("published")
-    return {Path(str(entry)).stem: Path(str(entry)) for entry in sorted(folder.iterdir(), key=str) if entry.name.endswith(".json")}
+    return {
+        Path(str(entry)).stem: Path(str(entry))
+        for entry in sorted(folder.iterdir(), key=str)
+        if entry.name.endswith(".json")
+    }
 
 
 def load_genotype(name_or_path: str) -> AnyGenotype:

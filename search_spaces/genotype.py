@@ -136,15 +136,21 @@ def genotype_from_data(data: object) -> AnyGenotype:
     space = _text(fields.get("space"), "'space'")
     if "depths" in fields:
         _only(fields, ("schema", "space", "depths", "widths"))
-        return StageGenotype(space, _integers(fields["depths"], "'depths'"), _integers(fields.get("widths"), "'widths'"))
+        return StageGenotype(
+            space, _integers(fields["depths"], "'depths'"), _integers(fields.get("widths"), "'widths'")
+        )
     _only(fields, ("schema", "space", "layout", "cells"))
     layout_fields = _mapping(fields.get("layout"), "'layout'")
-    _only(layout_fields, ("sections", "ratio", "reduction"))
+    _only(layout_fields, ("sections", "ratio", "reduction", "stem"))
     sections = layout_fields.get("sections")
     if not isinstance(sections, list) or not 1 <= len(sections) <= MAX_STAGES:
         raise GenotypeError(f"'layout.sections' must be a list of 1 to {MAX_STAGES} kinds of cell")
+    stem = layout_fields.get("stem", Layout.stem)
+    if not _is_integer(stem):
+        raise GenotypeError("'layout.stem' must be an integer")
     try:
         layout = Layout(
+            stem=stem,
             sections=tuple(_text(kind, "'layout.sections'") for kind in sections),
             ratio=_integers(layout_fields.get("ratio"), "'layout.ratio'"),
             reduction=_text(layout_fields.get("reduction"), "'layout.reduction'"),

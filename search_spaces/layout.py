@@ -23,16 +23,19 @@ class PlacedCell:
 
 @dataclass(frozen=True)
 class Layout:
-    """Kinds of cell by section, the filter ratio of the sections, and the kind that joins two sections.
+    """Kinds of cell by section, the filter ratio of the sections, the kind that joins two sections, and the stem.
 
     sections: kind of the normal cells of each section, from input to output.
     ratio: filters of each section in units of the network's base channels.
     reduction: kind of the cell at the start of every section but the first.
+    stem: the stem halves the image until its shorter side is at most this many pixels: at 64, images of 32 and 64
+    pixels keep their size, 96 become 48 and 224 become 56. A smaller stem is faster and sees less.
     """
 
     sections: tuple[str, ...]
     ratio: tuple[int, ...]
     reduction: str = "reduction"
+    stem: int = 64
 
     def __post_init__(self) -> None:
         if not self.sections:
@@ -41,6 +44,8 @@ class Layout:
             raise ValueError(f"{len(self.sections)} sections but {len(self.ratio)} numbers in the filter ratio")
         if min(self.ratio) < 1 or max(self.ratio) > 1024:
             raise ValueError("the filter ratio must consist of integers from 1 to 1024")
+        if not 4 <= self.stem <= 8192:
+            raise ValueError(f"stem must be from 4 to 8192 pixels, not {self.stem}")
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -80,12 +85,15 @@ class Layout:
 
     def to_data(self) -> dict[str, Any]:
         """Plain lists and dictionaries, as written to JSON."""
-        return {"sections": list(self.sections), "ratio": list(self.ratio), "reduction": self.reduction}
+        return {
+            "sections": list(self.sections),
+            "ratio": list(self.ratio),
+            "reduction": self.reduction,
+            "stem": self.stem,
+        }
 
     def _complete(self, cells: int) -> bool:
         """Whether every kind of cell appears at least once."""
         reductions = self.reductions(cells)
-        normal = {
-            self.sections[sum(i >= r for r in reductions)] for i in range(cells) if i not in reductions
-        }
+        normal = {self.sections[sum(i >= r for r in reductions)] for i in range(cells) if i not in reductions}
         return normal == set(self.sections) and len(set(reductions)) == len(reductions)

@@ -46,7 +46,8 @@ class MixedEdges(KeepsDerived):
 
         self.pool_norms = nn.ModuleList(BatchNorm2d(channels, affine=False) for _ in self.pools)
         self.skips = nn.ModuleList(
-            FactorisedReduce(channels, channels, affine=False) for _ in range(edges if self.has_skip and stride > 1 else 0)
+            FactorisedReduce(channels, channels, affine=False)
+            for _ in range(edges if self.has_skip and stride > 1 else 0)
         )
         self.depthwise1 = nn.ParameterList(_depthwise(edges * channels, op.kernel) for op in self.convs)
         self.depthwise2 = nn.ParameterList(

@@ -10,9 +10,6 @@ from search_spaces.genotype import Cell, Genotype
 from search_spaces.layers import BatchNorm2d, Normalise
 from search_spaces.operations import FactorisedReduce, ReluConvBn
 
-LARGEST_STEM_OUTPUT = 64
-"""The stem halves the image until its shorter side is at most this: 32, 64 -> stride 1; 96 -> 2; 224 -> 4."""
-
 
 class DiscreteCell(nn.Module):
     """One cell: two inputs brought to ``channels``, the chosen operations, concatenated intermediate nodes.
@@ -93,7 +90,7 @@ class CellNetwork(nn.Module):
         super().__init__()
         placed = genotype.layout.place(cells, channels)
         self.normalise = Normalise(mean, std)
-        self.stem = stem(input_shape, 3 * channels)
+        self.stem = stem(input_shape, 3 * channels, genotype.layout.stem)
         in_channels = (3 * channels, 3 * channels)
         previous_reduces = False
         self.cells = nn.ModuleList()
@@ -130,11 +127,11 @@ def cell_input(in_channels: int, channels: int, *, halve: bool, affine: bool = T
     return ReluConvBn(in_channels, channels, affine)
 
 
-def stem(input_shape: tuple[int, int, int], channels: int) -> nn.Sequential:
-    """3x3 convolution and BN to ``channels`` filters, after as many halving ones as the image needs."""
+def stem(input_shape: tuple[int, int, int], channels: int, largest: int) -> nn.Sequential:
+    """3x3 convolutions and BN to ``channels`` filters, halving until the shorter side is at most ``largest``."""
     in_channels, height, width = input_shape
     halvings = 0
-    while min(height, width) > LARGEST_STEM_OUTPUT << halvings:
+    while min(height, width) > largest << halvings:
         halvings += 1
     layers: list[nn.Module] = []
     for _ in range(halvings - 1):

@@ -7,6 +7,7 @@ operation, and the supernet (mixed.py) computes all operations leaving a node to
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class SeparableConv(KeepsDerived, nn.Sequential):
         super().__init__(*stages)
 
     def forward(self, x: Tensor) -> Tensor:
-        modules = list(self)
+        modules: list[Any] = list(self)
         for stage in range(0, len(modules), 4):
             activation, depthwise, pointwise, norm = modules[stage : stage + 4]
             x = separable_stage(x, activation, depthwise, pointwise, norm, self.kept, stage)
@@ -123,9 +124,11 @@ class ReluConvBn(KeepsDerived, nn.Sequential):
         super().__init__(nn.ReLU(), PointwiseConv2d(in_channels, out_channels), BatchNorm2d(out_channels, affine))
 
     def forward(self, x: Tensor) -> Tensor:
-        activation, pointwise, norm = self
+        modules: list[Any] = list(self)
+        activation, pointwise, norm = modules
         if self.kept is None or norm.training or not kernels.matrix_form(x):
-            return norm(pointwise(activation(x)))
+            y: Tensor = norm(pointwise(activation(x)))
+            return y
         if () not in self.kept:
             self.kept[()] = folded(pointwise.weight.flatten(1), norm)
         weight, bias = self.kept[()]

@@ -90,7 +90,7 @@ class Supernet(nn.Module):
         self.relaxation = relaxation
         self.kinds = tuple(place.kind for place in placed)
         self.normalise = Normalise(mean, std)
-        self.stem = stem(input_shape, 3 * channels)
+        self.stem = stem(input_shape, 3 * channels, layout.stem)
         in_channels = (3 * channels, 3 * channels)
         previous_reduces = False
         self.cells = nn.ModuleList()

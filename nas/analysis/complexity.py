@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -89,6 +89,27 @@ def complexity(spec: ModelSpec) -> Complexity:
 def parameters_of(spec: ModelSpec) -> int:
     """Parameters of the network of ``spec`` as deployed. Draws no weights: fit for a rejection sampler."""
     return parameter_count(_without_weights(spec))
+
+
+def with_parameters(spec: ModelSpec, target: int) -> ModelSpec:
+    """``spec`` with the base channels at which its network comes nearest to ``target`` parameters.
+
+    Networks of more channels have more parameters, so the channels are found by bisection. A genotype that holds its
+    own size is returned as it is.
+    """
+    if isinstance(spec.genotype, StageGenotype):
+        return spec
+
+    def size(channels: int) -> int:
+        return parameters_of(replace(spec, channels=channels))
+
+    low, high = 1, 2
+    while size(high) < target:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if size(middle) < target else (low, middle)
+    return replace(spec, channels=min((low, high), key=lambda channels: abs(size(channels) - target)))
 
 
 def nonzero_parameters(model: nn.Module) -> int:

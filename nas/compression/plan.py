@@ -55,7 +55,9 @@ class Plan:
                 layers.append(LayerPlan(str(layer["name"]), layer["action"], str(layer["reason"]), layer["data"]))
             return Plan(str(data["method"]), tuple(layers))
         except (AssertionError, KeyError, TypeError):
-            raise InputError("a compression plan must have 'method' and 'layers' with name, action, reason and data") from None
+            raise InputError(
+                "a compression plan must have 'method' and 'layers' with name, action, reason and data"
+            ) from None
 
 
 class Compression(Protocol):

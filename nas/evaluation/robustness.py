@@ -82,7 +82,9 @@ def evaluate(
     written to ``progress_file``, from which a later call goes on to the same result.
     """
     if len(x) != len(y) or len(x) == 0:
-        raise InputError(f"{len(x)} images and {len(y)} labels: an evaluation needs the same number of both, at least 1")
+        raise InputError(
+            f"{len(x)} images and {len(y)} labels: an evaluation needs the same number of both, at least 1"
+        )
     if not x.is_floating_point() or float(x.min()) < 0 or float(x.max()) > 1:
         raise InputError("images must be floating point with pixels in [0, 1]; normalisation belongs inside the model")
     masks: dict[str, Tensor] = {}

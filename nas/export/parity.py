@@ -97,7 +97,7 @@ def _reloaded(folder: Path, inputs: Tensor, formats: list[str]) -> tuple[dict[st
     with tempfile.TemporaryDirectory() as scratch:
         save_file({"inputs": inputs}, Path(scratch, "inputs.safetensors"))
         # -I: neither the working directory nor PYTHONPATH can lend the source file a module.
-        command = [sys.executable, "-I", reload.__file__, str(folder), scratch, str(packages), *formats]
+        command = [sys.executable, "-B", "-I", "-B", reload.__file__, str(folder), scratch, str(packages), *formats]
         try:
             subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=True)
         except subprocess.TimeoutExpired:

@@ -187,5 +187,3 @@ def _network_class(name: str, body: Body) -> str:
             *(indent + line for line in body.forward),
         ]
     )
-
-

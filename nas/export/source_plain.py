@@ -35,5 +35,3 @@ def plain_body(spec: ModelSpec, genotype: StageGenotype) -> Body:
         return f"{names[index]}.{('conv', 'bn', 'relu')[role]}"
 
     return Body(f"{sum(genotype.depths)} convolutions in {len(genotype.depths)} stages", [], init, forward, renamed)
-
-

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,7 +74,6 @@ class Unrolled:
                 both = torch.autograd.grad(objective(), [*architecture, *weights])
                 direct.append(_flat(both[: len(architecture)]))
                 vectors.append(both[len(architecture) :])
-        # The directions share the inner loss, but finite differences need its gradient at two points for each.
         return [
             gradient - step.learning_rate * self._mixed_product(weight_loss, weights, architecture, vector)
             for gradient, vector in zip(direct, vectors, strict=True)
@@ -105,12 +103,12 @@ def _shifted(weights: list[nn.Parameter], shift: Sequence[Tensor]) -> Iterator[N
     """Within it, the weights are moved by ``shift``; afterwards they are exactly as before."""
     originals = [weight.detach().clone() for weight in weights]
     with torch.no_grad():
-        torch._foreach_add_(weights, list(shift))
+        torch._foreach_add_([*weights], [*shift])
     try:
         yield
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(weights, originals)
+            torch._foreach_copy_([*weights], originals)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -297,8 +297,7 @@ def _architecture_step(
 
     with frozen_statistics(supernet):
         closures = [
-            loss_of(name, _with_fixed_attack(objectives[name], supernet, held_out, state))
-            for name in stage.objectives
+            loss_of(name, _with_fixed_attack(objectives[name], supernet, held_out, state)) for name in stage.objectives
         ]
         weight_step_taken = WeightStep(
             rate,

@@ -85,7 +85,9 @@ def train(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = training.optimiser.optimiser(parameters)
     average = (
-        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(training.ema), use_buffers=True) if training.ema else None
+        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(training.ema), use_buffers=True)
+        if training.ema
+        else None
     )
     records: list[Record] = []
     best_state, best_key = _copy(model), (-1.0, -1.0)

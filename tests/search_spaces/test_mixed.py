@@ -41,11 +41,19 @@ def _textbook(module, names, x, weights):
             else:
                 y, place = x, order.index(column)
                 for stage in range(operation.repeats):
-                    depthwise = (module.depthwise1, module.depthwise2)[stage][place].view(edges, channels, 1, operation.kernel, -1)
+                    depthwise = (module.depthwise1, module.depthwise2)[stage][place].view(
+                        edges, channels, 1, operation.kernel, -1
+                    )
                     pointwise = (module.pointwise1, module.pointwise2)[stage][place * edges + edge]
                     padding = operation.dilation * (operation.kernel - 1) // 2
                     y = F.conv2d(
-                        torch.relu(y), depthwise[edge], None, stride if stage == 0 else 1, padding, operation.dilation, channels
+                        torch.relu(y),
+                        depthwise[edge],
+                        None,
+                        stride if stage == 0 else 1,
+                        padding,
+                        operation.dilation,
+                        channels,
                     )
                     y = _norm(F.conv2d(y, pointwise[:, :, None, None]))
             total = total + weights[edge, column] * y

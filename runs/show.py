@@ -1,0 +1,49 @@
+"""What the command line prints: tables of networks and cells, and the next useful commands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+out_console = Console(soft_wrap=True)
+error_console = Console(stderr=True, soft_wrap=True)
+
+
+def next_commands(*commands: str) -> None:
+    """Say how to go on."""
+    out_console.print("next:", style="bold")
+    for command in commands:
+        out_console.print(f"  {command}", markup=False, highlight=False)
+
+
+def models_table(models: list[dict[str, Any]]) -> None:
+    """Size, natural and worst-case accuracy of each network; the single attacks are in the report."""
+    columns = ("network", "parameters", "non-zero", "MACs", "natural", "worst case", "95 % interval")
+    table = Table(*columns)
+    for column in table.columns:
+        column.no_wrap = True
+        column.justify = "left" if column.header == "network" else "right"
+    for model in models:
+        low, high = model["interval"]
+        table.add_row(
+            model["name"],
+            f"{model['parameters']:,}",
+            f"{model['nonzero']:,}",
+            f"{model['macs'] / 1e6:.2f} M",
+            f"{model['natural']:.1%}",
+            f"{model['worst_case']:.1%}",
+            f"{low:.1%} - {high:.1%}",
+        )
+    out_console.print(table)
+
+
+def topology_table(cells: list[dict[str, Any]]) -> None:
+    """Depth, width and operations of each kind of cell."""
+    table = Table("cell", "depth", "edges from inputs", "antichain", "operations")
+    for cell in cells:
+        operations = ", ".join(f"{count} {name}" for name, count in cell["operations"].items())
+        from_inputs = f"{cell['input_edges']} of {cell['edges']}"
+        table.add_row(cell["kind"], str(cell["depth"]), from_inputs, str(cell["antichain"]), operations)
+    out_console.print(table)

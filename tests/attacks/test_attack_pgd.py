@@ -1,0 +1,168 @@
+"""FGSM and PGD against each other, and what PGD keeps and starts from."""
+
+import pytest
+import torch
+from torch import nn
+
+from nas.attacks.fgsm import Fgsm
+from nas.attacks.fixed import Fixed
+from nas.attacks.losses import LOSSES
+from nas.attacks.pgd import Pgd
+from nas.errors import InputError
+from nas.threat_model import ThreatModel
+from search_spaces.dsara import SPACE
+
+THREATS = [ThreatModel("linf", 0.1), ThreatModel("l2", 0.7)]
+
+
+def _generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def _network(dtype=torch.float32):
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, 2), nn.SiLU(), nn.Flatten(),
+        nn.Linear(54, 4),
+    )  # fmt: skip
+    model(torch.rand(16, 1, 8, 8))
+    return model.to(dtype).eval()
+
+
+def _cells():
+    torch.manual_seed(1)
+    sizes = {"channels": 2, "cells": 4, "input_shape": (1, 8, 8), "classes": 4, "mean": (0.5,), "std": (0.3,)}
+    model = SPACE.build(SPACE.random(_generator(4)), **sizes)
+    model(torch.rand(16, 1, 8, 8))
+    return model.eval()
+
+
+def _images(n=12, dtype=torch.float32):
+    return torch.rand(n, 1, 8, 8, generator=_generator(2), dtype=dtype), torch.arange(n) % 4
+
+
+@pytest.mark.parametrize("threat_model", THREATS, ids=str)
+@pytest.mark.parametrize("statistics", ["running", "batch"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "margin"])
+@pytest.mark.parametrize("make", [_network, _cells])
+def test_fgsm_is_one_pgd_step_bit_for_bit(threat_model, statistics, loss, make):
+    model, (x, y) = make(), _images()
+    fgsm = Fgsm(threat_model, loss, statistics)
+    pgd = Pgd(threat_model, 1, threat_model.epsilon, loss, random_start=False, statistics=statistics)
+    ours = fgsm(model, x, y, generator=_generator())
+    assert not torch.equal(ours, x)
+    assert torch.equal(ours, pgd(model, x, y, generator=_generator()))
+
+
+@pytest.mark.parametrize("threat_model", THREATS, ids=str)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_best_iterate_is_never_weaker_than_any_iterate(threat_model, loss):
+    """The model is asked for every iterate; steps far too long make the last one a poor choice."""
+    model, (x, y) = _network(torch.float64), _images(dtype=torch.float64)
+    seen = []
+    handle = model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().clone()))
+    settings = {"steps": 8, "step_size": 1.5 * threat_model.epsilon, "loss": loss}
+    best = Pgd(threat_model, keep="best", **settings)(model, x, y, generator=_generator())
+    handle.remove()
+    iterates = seen[1:] if loss == "kl" else seen  # the first pass of KL is the clean one
+    assert len(iterates) == 9
+    last = Pgd(threat_model, keep="last", **settings)(model, x, y, generator=_generator())
+    assert torch.equal(last, iterates[8]), "both walk the same way"
+    with torch.no_grad():
+        clean = model(x)
+        losses = torch.stack([LOSSES[loss](model(iterate), y, clean) for iterate in iterates])
+        kept = LOSSES[loss](model(best), y, clean)
+    torch.testing.assert_close(kept, losses.amax(0), rtol=0, atol=1e-12)
+    assert bool((losses[-1] < losses.amax(0) - 1e-6).any()), "otherwise the choice of iterate was not put to the test"
+
+
+@pytest.mark.parametrize("threat_model", THREATS, ids=str)
+def test_more_steps_do_not_make_the_best_iterate_weaker(threat_model):
+    model, (x, y) = _network(torch.float64), _images(dtype=torch.float64)
+    losses = []
+    for steps in (1, 3, 9):
+        attack = Pgd(threat_model, steps, threat_model.epsilon / 3, keep="best")
+        x_adv = attack(model, x, y, generator=_generator())
+        losses.append(LOSSES["cross_entropy"](model(x_adv), y, None).detach())
+    assert bool((losses[1] >= losses[0] - 1e-12).all())
+    assert bool((losses[2] >= losses[1] - 1e-12).all())
+    assert float(losses[2].mean()) > float(losses[0].mean())
+
+
+@pytest.mark.parametrize("threat_model", THREATS, ids=str)
+def test_pgd_starts_where_the_threat_model_draws(threat_model):
+    model, (x, y) = _network(), _images()
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().clone()))
+    Pgd(threat_model)(model, x, y, generator=_generator(7))
+    assert torch.equal(seen[0], threat_model.random_start(x, _generator(7)))
+    seen.clear()
+    Pgd(threat_model, random_start=False)(model, x, y, generator=_generator(7))
+    assert torch.equal(seen[0], x)
+
+
+def test_every_iterate_is_in_the_ball():
+    model, (x, y) = _network(), _images()
+    for threat_model in THREATS:
+        seen = []
+        handle = model.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0].detach()))
+        Pgd(threat_model, 5, 3 * threat_model.epsilon, keep="best")(model, x, y, generator=_generator())
+        handle.remove()
+        assert len(seen) == 6
+        for iterate in seen:
+            assert float(threat_model.distance(iterate, x).max()) <= threat_model.epsilon + 1e-6
+            assert float(iterate.min()) >= 0
+            assert float(iterate.max()) <= 1
+
+
+def test_the_automatic_step_is_the_documented_one():
+    threat_model = ThreatModel("linf", 0.1)
+    for steps in (1, 2, 3, 10, 100):
+        assert Pgd(threat_model, steps).step == pytest.approx(min(2.5 * 0.1 / steps, 0.1))
+    assert Pgd(threat_model, 10, 0.03).step == 0.03
+
+
+def test_batch_statistics_are_used_where_asked_for():
+    """Running statistics far from those of the batch: the two settings must see different networks."""
+    model, (x, y) = _network(), _images()
+    model[1].running_mean += 5
+    images = {
+        statistics: Pgd(statistics=statistics)(model, x, y, generator=_generator())
+        for statistics in ("running", "batch")
+    }
+    assert not torch.equal(images["running"], images["batch"])
+    model[1].running_mean -= 50
+    assert torch.equal(Pgd(statistics="batch")(model, x, y, generator=_generator()), images["batch"])
+
+
+def test_wrong_settings_are_refused():
+    for attack, settings in (
+        (Pgd, {"steps": 0}),
+        (Pgd, {"step_size": -0.1}),
+        (Pgd, {"step_size": float("nan")}),
+        (Pgd, {"loss": "cross-entropy"}),
+        (Fgsm, {"loss": "margins"}),
+    ):
+        with pytest.raises(InputError):
+            attack(**settings)
+
+
+@pytest.mark.parametrize("refused", [lambda: Fgsm(loss="kl"), lambda: Pgd(loss="kl", random_start=False)])
+def test_a_loss_that_is_flat_at_the_start_is_refused(refused):
+    """KL(p(x) || p(x_adv)) has its minimum at x_adv = x: a gradient there is rounding noise, and its sign a coin."""
+    with pytest.raises(InputError):
+        refused()
+
+
+def test_fixed_returns_the_stored_images_and_checks_the_shape():
+    x, y = _images()
+    stored = torch.rand_like(x)
+    assert Fixed(stored)(_network(), x, y, generator=_generator()) is stored
+    with pytest.raises(ValueError):
+        Fixed(stored)(_network(), x[:3], y[:3], generator=_generator())
+
+
+def test_attacks_are_values():
+    assert Pgd(ThreatModel("l2", 1.0)) == Pgd(ThreatModel("l2", 1.0))
+    assert hash(Fgsm()) == hash(Fgsm())
+    assert Pgd(steps=3) != Pgd(steps=4)

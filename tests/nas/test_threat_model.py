@@ -1,0 +1,130 @@
+"""The geometry of the threat models: nearest points, steepest directions, uniform draws."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from nas.errors import InputError
+from nas.threat_model import NORMS, ThreatModel
+
+THREATS = [ThreatModel("linf", 0.1), ThreatModel("l2", 0.8)]
+DUAL = {"linf": lambda g: g.flatten(1).abs().sum(1), "l2": lambda g: g.flatten(1).square().sum(1).sqrt()}
+SIZE = {"linf": lambda d: d.flatten(1).abs().amax(1), "l2": lambda d: d.flatten(1).square().sum(1).sqrt()}
+
+
+def _random(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize("threat_model", THREATS, ids=str)
+def test_projection_lands_in_the_set_keeps_its_points_and_is_idempotent(threat_model):
+    x = torch.rand(50, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    far = x + _random(50, 3, 4, 4)
+    near = threat_model.project(far, x)
+    assert float(threat_model.distance(near, x).max()) <= threat_model.epsilon + 1e-12
+    assert 0 <= near.min() <= near.max() <= 1
+    torch.testing.assert_close(threat_model.project(near, x), near, rtol=0, atol=1e-15)
+    inside = threat_model.random_start(x, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(threat_model.project(inside, x), inside, rtol=0, atol=1e-12)
+    assert torch.equal(threat_model.project(x, x), x)
+
+
+@pytest.mark.parametrize("threat_model", THREATS, ids=str)
+def test_shrink_finds_the_nearest_point_of_the_ball(threat_model):
+    """No point of the ball, however drawn, is nearer."""
+    geometry, epsilon = threat_model.geometry, threat_model.epsilon
+    delta = _random(20, 1, 2, 2)
+    nearest = geometry.shrink(delta, epsilon)
+    distance = (delta - nearest).flatten(1).norm(dim=1)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        other = geometry.draw(delta, epsilon, generator)
+        assert bool(((delta - other).flatten(1).norm(dim=1) >= distance - 1e-12).all())
+        toward = nearest + 0.05 * (other - nearest)  # near the nearest point as well
+        assert bool(((delta - toward).flatten(1).norm(dim=1) >= distance - 1e-12).all())
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_size_is_the_norm(norm):
+    delta = _random(9, 2, 3, 3)
+    torch.testing.assert_close(NORMS[norm].size(delta), SIZE[norm](delta))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e-38, 1e25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_steepest_direction_is_of_unit_size_and_attains_the_dual_norm(norm, dtype, scale):
+    """<g, s(g)> = |g|_1 for l_inf and |g|_2 for l_2, for gradients whose squares under- or overflow as well."""
+    gradient = _random(7, 1, 4, 4, dtype=dtype)
+    gradient = (gradient.sign() * gradient.abs().clamp_min(0.1)) * scale
+    direction = NORMS[norm].steepest(gradient).double()
+    torch.testing.assert_close(SIZE[norm](direction), torch.ones(7).double(), rtol=1e-5, atol=0)
+    unscaled = gradient.double() / scale
+    torch.testing.assert_close((direction * unscaled).flatten(1).sum(1), DUAL[norm](unscaled), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_no_gradient_no_direction(norm):
+    assert torch.equal(NORMS[norm].steepest(torch.zeros(2, 1, 3, 3)), torch.zeros(2, 1, 3, 3))
+
+
+def test_the_linf_start_is_uniform():
+    threat_model = ThreatModel("linf", 0.1)
+    x = torch.full((200, 1, 5, 5), 0.5, dtype=torch.float64)
+    start = threat_model.random_start(x, torch.Generator().manual_seed(0))
+    shares = ((start - x) / 0.1 + 1) / 2
+    assert stats.kstest(shares.flatten().numpy(), "uniform").pvalue > 1e-3
+    # Pixels are independent: the largest of 25 follows U^25, and neighbours are not correlated.
+    assert stats.kstest((shares.flatten(1).amax(1) ** 25).numpy(), "uniform").pvalue > 1e-3
+    columns = shares.flatten(1)
+    assert abs(float(torch.corrcoef(torch.stack([columns[:, 0], columns[:, 1]]))[0, 1])) < 0.25
+
+
+def test_the_l2_start_is_uniform():
+    """The radius to the power of the dimension is uniform, the square of one coordinate of the direction is Beta."""
+    threat_model, dimension = ThreatModel("l2", 0.3), 12
+    x = torch.full((3000, 3, 2, 2), 0.5, dtype=torch.float64)
+    delta = (threat_model.random_start(x, torch.Generator().manual_seed(0)) - x).flatten(1)
+    radius = delta.norm(dim=1)
+    assert stats.kstest(((radius / 0.3) ** dimension).numpy(), "uniform").pvalue > 1e-3
+    square = (delta[:, 4] / radius) ** 2
+    assert stats.kstest(square.numpy(), "beta", args=(0.5, (dimension - 1) / 2)).pvalue > 1e-3
+    assert abs(float(delta.sign().mean())) < 0.02
+
+
+@pytest.mark.parametrize("threat_model", THREATS, ids=str)
+def test_starts_are_clipped_to_the_pixel_range(threat_model):
+    x = torch.cat([torch.zeros(20, 1, 4, 4), torch.ones(20, 1, 4, 4)])
+    start = threat_model.random_start(x, torch.Generator().manual_seed(0))
+    assert 0 <= start.min() <= start.max() <= 1
+    assert 0.3 < float((start == x).double().mean()) < 0.7, "half of the draws leave the range"
+
+
+def test_other_pixel_bounds_hold():
+    threat_model = ThreatModel("linf", 5.0, lower=-1.0, upper=2.0)
+    projected = threat_model.project(_random(3, 1, 4, 4) * 9, torch.zeros(3, 1, 4, 4, dtype=torch.float64))
+    assert (projected.min(), projected.max()) == (-1, 2)
+
+
+def test_single_precision_stays_within_a_millionth():
+    for threat_model in THREATS:
+        x = torch.rand(100, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        near = threat_model.project(x + _random(100, 3, 8, 8, dtype=torch.float32), x)
+        assert float(SIZE[threat_model.norm]((near - x).double()).max()) <= threat_model.epsilon + 1e-6
+
+
+def test_wrong_threat_models_are_refused():
+    for settings in (
+        {"norm": "l1"},
+        {"epsilon": -0.1},
+        {"epsilon": math.nan},
+        {"epsilon": math.inf},
+        {"lower": 1.0, "upper": 1.0},
+        {"lower": math.nan},
+    ):
+        with pytest.raises(InputError):
+            ThreatModel(**settings)
+    with pytest.raises(InputError, match="linf"):
+        ThreatModel("lin")
