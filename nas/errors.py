@@ -1,4 +1,4 @@
-"""The one exception that means "what the user gave us is wrong"."""
+"""Exceptions that explain themselves: wrong input, and work that failed for a known reason."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ class InputError(ValueError):
     The message is one clear line: what is wrong, where, and what to do about it. The command line
     prints it without a traceback and exits with status 2.
     """
+
+
+class Failure(RuntimeError):
+    """Work that failed for a known reason; the message says which and what to do, and no traceback is needed."""
+
+
+class Diverged(Failure):
+    """A loss or a gradient stopped being a number."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

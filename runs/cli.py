@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from nas.errors import InputError, nearest
+from nas.errors import Failure, InputError, nearest
+from runs.cli_finished import attack, compress, export, make_folder, report
 from runs.show import error_console, models_table, next_commands, out_console, topology_table
 from search_spaces.genotype import AnyGenotype, Genotype, GenotypeError
 
@@ -26,12 +25,17 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe (nas list recipes) or a TOML file.")]
-RunArgument = Annotated[Path, typer.Argument(help="A run directory.")]
+RecipeArgument = Annotated[
+    str | None, typer.Argument(metavar="RECIPE", help="A shipped recipe (nas list recipes) or a TOML file.")
+]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key of the recipe: section.key=value.")]
 Out = Annotated[Path | None, typer.Option(help="Folder to write; by default runs/<name>-<time>.")]
 Seed = Annotated[int | None, typer.Option(help="Seed, instead of the recipe's.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+# Typer moved its copy of click's exceptions between versions; this is their common ancestor in all of them.
+UsageProblem: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 def main() -> None:
@@ -46,20 +50,15 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         _complain("interrupted; --resume continues the run")
         sys.exit(130)
-    except Exception as error:
-        sys.exit(_unexpected(error))
-
-
-def _unexpected(error: Exception) -> int:
-    """Report anything that is not the user's input, or a usage error of the command line; the exit status."""
-    show, code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
-    if show is not None and code is not None:
-        _complain(str(show()))
-        return int(code)
-    # Known failures carry their own explanation; the rest is a defect and needs its traceback.
-    known = type(error).__name__ in ("Diverged", "WorkerDied", "TaskFailed", "ExportMismatch")
-    _complain(str(error) if known else traceback.format_exc())
-    return 1
+    except Failure as error:
+        _complain(str(error))
+        sys.exit(1)
+    except UsageProblem as error:
+        message = error.format_message()  # type: ignore[attr-defined]
+        if not message:  # no command: the help has been shown
+            sys.exit(0)
+        _complain(message)
+        sys.exit(2)
 
 
 def _complain(text: str) -> None:
@@ -68,7 +67,7 @@ def _complain(text: str) -> None:
 
 @app.command()
 def run(
-    recipe: Annotated[str | None, typer.Argument(help="A shipped recipe or a TOML file.")] = None,
+    recipe: RecipeArgument = None,
     resume: Annotated[Path | None, typer.Option(help="Continue this run directory.")] = None,
     set_: Set = None,
     out: Out = None,
@@ -81,7 +80,7 @@ def run(
 
 @app.command()
 def search(
-    recipe: Annotated[str | None, typer.Argument(help="A shipped recipe or a TOML file.")] = None,
+    recipe: RecipeArgument = None,
     resume: Annotated[Path | None, typer.Option(help="Continue this run directory.")] = None,
     set_: Set = None,
     out: Out = None,
@@ -94,7 +93,7 @@ def search(
 
 @app.command()
 def train(
-    recipe: Annotated[str | None, typer.Argument(help="A shipped recipe or a TOML file.")] = None,
+    recipe: RecipeArgument = None,
     genotype: Annotated[str | None, typer.Option(help="A genotype file or a published name.")] = None,
     method: Annotated[str | None, typer.Option(help="Training method, instead of the recipe's.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue this run directory.")] = None,
@@ -235,7 +234,7 @@ def analyse(
         if pictures is not None and isinstance(genotype, Genotype):
             from nas.tensor_file import write_text
 
-            _make_folder(pictures)
+            make_folder(pictures)
             for kind, cell in genotype.cells:
                 write_text(
                     draw_cell(cell, f"{Path(name).stem}: {kind} cell"), pictures / f"{Path(name).stem}-{kind}.svg"
@@ -264,190 +263,6 @@ def _genotype_of(name: str) -> AnyGenotype:
         space_of(genotype)
         return genotype
     return load_genotype(name)
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {path}: {error.strerror}") from None
-
-
-@contextmanager
-def _context(path: Path, set_: list[str] | None = None) -> Iterator[Any]:
-    """A run to work on beside its own tasks, locked, with its progress shown."""
-    import torch
-
-    from runs.directory import open_run
-    from runs.recipe import override_key, build
-    from runs.tasks import Context
-
-    run = open_run(path)
-    table = json.loads(json.dumps(run.table))
-    for override in set_ or []:
-        override_key(table, override)
-    recipe = build(table)
-    torch.set_num_threads(recipe.general.threads)
-    with run.locked():
-        yield Context(run, recipe, lambda progress: None)
-
-
-@app.command()
-def compress(
-    path: RunArgument,
-    method: Annotated[str, typer.Option(help="Compression method (nas list compressors).")] = "magnitude",
-    model: Annotated[str, typer.Option(help="Network of the run.")] = "searched",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Setting of the method: key=value, e.g. keep=0.25.")
-    ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs of fine-tuning.")] = None,
-    out: Out = None,
-    as_json: Json = False,
-) -> None:
-    """Compress a trained network of a run, fine-tune it with the run's training method, and attack it."""
-    from nas.model_file import load_model
-    from runs.directory import write_json
-    from runs.tasks import compress_into, evaluate_into, model_folder
-
-    table_settings = [f"compress.name={json.dumps(method)}", *(f"compress.{item}" for item in set_ or [])]
-    if epochs is not None:
-        table_settings.append(f"compress.fine_tune.epochs={epochs}")
-    with _context(path, table_settings) as context:
-        source = _model_folder(model_folder(context.run, model), path, model)
-        folder = out or context.run.path / f"compress-{_label(method, set_, epochs, model)}"
-        _make_folder(folder)
-        if (folder / "result.json").exists():
-            raise InputError(f"{folder} holds a compressed network already: choose another --out")
-        result = compress_into(context, context.recipe.compress, source, folder)
-        _, compressed = load_model(folder, context.device)
-        evaluation = evaluate_into(context, compressed, context.recipe.evaluate.trials, folder)
-        result = {"name": folder.name, "role": "compressed", **result, **evaluation}
-        write_json(result, folder / "result.json")
-    if as_json:
-        print(json.dumps(result))
-        return
-    models_table([result])
-    next_commands(f"nas attack {path} --model {folder.name}", f"nas export {path} --model {folder.name} --to py")
-
-
-@app.command()
-def attack(
-    path: RunArgument,
-    name: Annotated[
-        str, typer.Option("--attack", help="Attack (nas list attacks), or 'recipe' for the recipe's trials.")
-    ] = "recipe",
-    model: Annotated[
-        str, typer.Option(help="Network of the run: searched, compressed, plain, random-1, ...")
-    ] = "searched",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Setting of the attack: key=value, e.g. steps=100.")
-    ] = None,
-    restarts: Annotated[int, typer.Option(help="Starts; a sample is robust only if it survives all.")] = 1,
-    epsilon: Annotated[float | None, typer.Option(help="Radius, instead of the recipe's.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Attack a trained network of a run on the whole test set and suspect the result."""
-    from nas.evaluation.robustness import Trial
-    from nas.model_file import load_model
-    from runs.directory import write_json
-    from runs.recipe import override_key, attack_from
-    from runs.tasks import evaluate_into, model_folder
-
-    overrides = [f"threat_model.epsilon={epsilon!r}"] if epsilon is not None else []
-    with _context(path, overrides) as context:
-        if name == "recipe":
-            if set_:
-                raise InputError("--set needs --attack: the recipe's trials are as the recipe says")
-            trials = dict(context.recipe.evaluate.trials)
-        else:
-            table: dict[str, Any] = {"name": name}
-            for item in set_ or []:
-                override_key(table, item)
-            trials = {name: Trial(attack_from(table, "attack", context.recipe.threat_model), restarts)}
-        folder = _model_folder(model_folder(context.run, model), path, model)
-        _, network = load_model(folder, context.device)
-        label = _label(name, [*(set_ or []), *overrides], restarts if name != "recipe" else None, model)
-        target = context.run.folder(f"attack-{label}")
-        result = {"name": model, "role": model, **evaluate_into(context, network, trials, target)}
-        write_json(result, target / "result.json")
-    if as_json:
-        print(json.dumps(result))
-        return
-    low, high = result["interval"]
-    out_console.print(f"{model}: natural {result['natural']:.1%} on {result['n']} test images", highlight=False)
-    for trial, accuracy in result["attacks"].items():
-        out_console.print(
-            f"  {trial}: {accuracy:.1%}  ({result['attack_settings'][trial]})", highlight=False, markup=False
-        )
-    out_console.print(
-        f"  worst case {result['worst_case']:.1%}, 95 % interval {low:.1%} to {high:.1%}", highlight=False
-    )
-    for check in result["checks"]:
-        out_console.print(f"  {check['verdict']}: {check['name']}: {check['detail']}", markup=False, highlight=False)
-    out_console.print(f"written to {target / 'result.json'}", highlight=False)
-
-
-def _model_folder(default: Path, run: Path, model: str) -> Path:
-    """Where a network lies: a task's folder or one that ``nas compress`` made."""
-    for folder in (default, run / model):
-        if (folder / "model.json").is_file():
-            return folder
-    known = sorted(
-        {p.parent.name if p.parent.name != "compress" else "compressed" for p in run.rglob("model.json")} - {"export"}
-    )
-    raise InputError(f"{run} has no trained network '{model}': {nearest(model, known)}")
-
-
-def _label(name: str, settings: list[str] | None, number: int | None, model: str) -> str:
-    """A folder name that tells settings apart."""
-    parts = [name, model, *(settings or []), *([str(number)] if number is not None else [])]
-    return "".join(c if c.isalnum() or c in ".-_" else "_" for c in "-".join(parts))[:100]
-
-
-@app.command()
-def export(
-    path: RunArgument,
-    to: Annotated[
-        str, typer.Option(help="Formats, separated by commas: json, safetensors, py.")
-    ] = "json,safetensors,py",
-    model: Annotated[str, typer.Option(help="Network of the run.")] = "searched",
-    out: Out = None,
-    as_json: Json = False,
-) -> None:
-    """Export a trained network of a run; every file is reloaded in a fresh process and compared."""
-    from nas.export.package import export_model
-    from nas.export.parity import check_exports
-    from nas.model_file import load_model
-    from runs.tasks import model_folder
-
-    with _context(path) as context:
-        spec, network = load_model(_model_folder(model_folder(context.run, model), path, model))
-        folder = out or context.run.path / f"export-{model}"
-        _make_folder(folder)
-        export_model(spec, network, folder, tuple(part.strip() for part in to.split(",") if part.strip()))
-        rows = context.split.validation[:32]
-        inputs = context.data.x_train.cpu()[rows].float() / 255
-        files = [dataclasses.asdict(file) for file in check_exports(folder, spec, network, inputs)]
-    if as_json:
-        print(json.dumps(files))
-        return
-    for file in files:
-        difference = (
-            "" if file["difference"] is None else f"  (reloaded, largest logit difference {file['difference']:.1e})"
-        )
-        out_console.print(f"{folder / file['file']}{difference}", highlight=False, markup=False)
-
-
-@app.command()
-def report(path: RunArgument) -> None:
-    """Write the HTML page of a finished run again."""
-    from runs.directory import open_run, read_json
-    from runs.tasks import write_page
-
-    run_directory = open_run(path)
-    if not (path / "results.json").exists():
-        raise InputError(f"{path} is not finished: nas {run_directory.command} --resume {path} finishes it")
-    out_console.print(str(write_page(run_directory, read_json(path / "results.json"))), highlight=False)
 
 
 @app.command(name="list")
@@ -501,6 +316,10 @@ def _runs(folder: Path) -> dict[str, str]:
         finished = (path.parent / "results.json").exists() or (path.parent / "analyse" / "result.json").exists()
         rows[path.parent.name] = "finished" if finished else f"unfinished: nas run --resume {path.parent}"
     return rows
+
+
+for _command in (compress, attack, export, report):
+    app.command()(_command)
 
 
 if __name__ == "__main__":

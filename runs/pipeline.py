@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import torch
 
-from nas.errors import InputError
+from nas.errors import Failure, InputError
 from runs.directory import RunDirectory, open_run
 from runs.recipe import Recipe, build
 from runs.tasks import Context, Task, device_of, plan
@@ -37,11 +37,11 @@ class Observer(Protocol):
     def finished(self, task: str, seconds: float) -> None: ...
 
 
-class TaskFailed(RuntimeError):
-    """A task raised; the message is its traceback."""
+class TaskFailed(Failure):
+    """A task raised what it should not; the message holds its traceback."""
 
 
-class WorkerDied(RuntimeError):
+class WorkerDied(Failure):
     """A worker process ended without a word, as it does when the system is out of memory."""
 
 
@@ -133,6 +133,8 @@ def _hear(worker: _Worker, observer: Observer) -> str | None:
         return task
     if kind == "input error":
         raise InputError(value)
+    if kind == "failure":
+        raise Failure(f"task '{task}': {value}")
     raise TaskFailed(f"task '{task}' failed\n{value}")
 
 
@@ -163,6 +165,8 @@ def _work(connection: Connection, path: str, parent: int) -> None:
                 connection.send(("done", _do(run, recipe, tasks[name], tick)))
             except InputError as error:
                 connection.send(("input error", str(error)))
+            except Failure as failure:
+                connection.send(("failure", str(failure)))
             except Exception:
                 connection.send(("error", traceback.format_exc()))
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nas.errors import InputError
+from nas.errors import Failure, InputError
 from nas.export import reload
 from nas.export.package import FORMATS, ExportedFile
 from nas.model_file import ModelSpec
@@ -29,7 +29,7 @@ TIMEOUT = 600
 """Seconds after which the process that reloads the exports is given up."""
 
 
-class ExportMismatch(RuntimeError):
+class ExportMismatch(Failure):
     """An exported file that does not give what the model gives.
 
     difference: largest absolute difference of the logits; None where the file could not be read or run.
@@ -97,7 +97,7 @@ def _reloaded(folder: Path, inputs: Tensor, formats: list[str]) -> tuple[dict[st
     with tempfile.TemporaryDirectory() as scratch:
         save_file({"inputs": inputs}, Path(scratch, "inputs.safetensors"))
         # -I: neither the working directory nor PYTHONPATH can lend the source file a module.
-        command = [sys.executable, "-B", "-I", "-B", reload.__file__, str(folder), scratch, str(packages), *formats]
+        command = [sys.executable, "-I", "-B", reload.__file__, str(folder), scratch, str(packages), *formats]
         try:
             subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=True)
         except subprocess.TimeoutExpired:

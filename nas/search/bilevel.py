@@ -23,7 +23,7 @@ from nas.data.augmentation import Augmentation
 from nas.data.batches import batch_count, batches
 from nas.data.image_data import ImageData
 from nas.data.split import Split
-from nas.errors import InputError
+from nas.errors import Diverged, InputError
 from nas.model_state import evaluating, frozen_statistics
 from nas.objective import Attack, Batch, Objective, State
 from nas.optimisation import Sgd, optimiser_tree, restore_optimiser, weight_step
@@ -112,10 +112,6 @@ class Search:
     def stage_of(self, epoch: int) -> Stage:
         """The stage that ``epoch`` belongs to."""
         return next(stage for stage in self.stages if epoch < stage.until)
-
-
-class Diverged(RuntimeError):
-    """A loss or an architecture gradient stopped being a number."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from nas.data.augmentation import Augmentation
 from nas.data.batches import batch_count, batches
 from nas.data.image_data import ImageData
 from nas.data.split import Split
-from nas.errors import InputError
+from nas.errors import Diverged, InputError
 from nas.model_state import evaluating
 from nas.objective import Attack, Objective, State
 from nas.optimisation import Sgd, optimiser_tree, restore_optimiser, weight_step
@@ -54,10 +54,6 @@ class Validation:
 
     natural: float
     robust: float
-
-
-class Diverged(RuntimeError):
-    """The loss stopped being a number."""
 
 
 def train(

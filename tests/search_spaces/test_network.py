@@ -27,7 +27,10 @@ def _random(seed=0, space=DSARA):
 
 
 def _moments(channels):
-    return {"mean": tuple(0.3 + 0.1 * c for c in range(channels)), "std": tuple(0.2 + 0.05 * c for c in range(channels))}
+    return {
+        "mean": tuple(0.3 + 0.1 * c for c in range(channels)),
+        "std": tuple(0.2 + 0.05 * c for c in range(channels)),
+    }
 
 
 def _sizes(channels, shape, colours, classes):
@@ -92,7 +95,17 @@ def test_the_fewest_channels_and_cells(channels):
 
 @pytest.mark.parametrize(
     ("side", "largest", "expected"),
-    [(8, 64, 8), (32, 64, 32), (64, 64, 64), (65, 64, 33), (96, 64, 48), (128, 64, 64), (224, 64, 56), (32, 8, 8), (33, 8, 5)],
+    [
+        (8, 64, 8),
+        (32, 64, 32),
+        (64, 64, 64),
+        (65, 64, 33),
+        (96, 64, 48),
+        (128, 64, 64),
+        (224, 64, 56),
+        (32, 8, 8),
+        (33, 8, 5),
+    ],
 )
 def test_the_stem_halves_large_images(side, largest, expected):
     layers = stem((3, side, side + 9), 6, largest)
