@@ -229,27 +229,42 @@ def build(table: Table) -> Recipe:
     )
 
 
-def attack_from(table: object, where: str, threat_model: ThreatModel, loss: str | None = None) -> Attack:
-    """The attack a table names; ``loss`` is used where the table does not state one and the attack has one."""
+SEARCH_ATTACK = {"statistics": "batch"}
+"""What an attack inside the search uses unless the recipe states otherwise. The supernet changes too fast for its running
+statistics: on digits (8 epochs, PGD-3, seed 0) a search that attacks with batch statistics ends at 79.1 % robust and
+97.9 % natural accuracy of the supernet, with running ones at 76.4 % and 98.6 % (PGD-20, 512 images). The released ARNAS
+code uses batch statistics, too."""
+
+
+def attack_from(
+    table: object, where: str, threat_model: ThreatModel, defaults: Mapping[str, str] | None = None
+) -> Attack:
+    """The attack a table names; ``defaults`` fill fields the attack has and the table does not state."""
     entries = dict(mapping(table, where))
     cls = plugins.load("attacks", _name(entries, where))
-    if loss is not None and "loss" in {f.name for f in dataclasses.fields(cls)}:
-        entries.setdefault("loss", loss)
+    fields = {f.name for f in dataclasses.fields(cls)}
+    entries = {**{key: value for key, value in (defaults or {}).items() if key in fields}, **entries}
     attack: Attack = construct(cls, entries, where, threat_model=threat_model)
     return attack
 
 
 def method_from(
-    table: object, where: str, attack_table: object, attack_where: str, threat_model: ThreatModel
+    table: object,
+    where: str,
+    attack_table: object,
+    attack_where: str,
+    threat_model: ThreatModel,
+    attack_defaults: Mapping[str, str] | None = None,
 ) -> Objective:
     """The training method a table names, given its attack if it takes one."""
     entries = dict(mapping(table, where))
     cls = plugins.load("training", _name(entries, where))
-    takes_attack = "attack" in {f.name for f in dataclasses.fields(cls)}
     given = {}
-    if takes_attack:
-        loss = getattr(cls, "inner_loss", None)
-        given["attack"] = attack_from(attack_table, attack_where, threat_model, loss)
+    if "attack" in {f.name for f in dataclasses.fields(cls)}:
+        defaults = dict(attack_defaults or {})
+        if hasattr(cls, "inner_loss"):
+            defaults["loss"] = cls.inner_loss
+        given["attack"] = attack_from(attack_table, attack_where, threat_model, defaults)
     objective: Objective = construct(cls, entries, where, **given)
     return objective
 
@@ -294,8 +309,10 @@ def _search(table: object, threat_model: ThreatModel) -> SearchPart:
     gradient = _gradient(entries.pop("gradient", {"name": "unrolled"}))
     return SearchPart(
         settings=construct(Search, entries, "search", gradient=gradient),
-        weight_objective=method_from(method_table, "search.method", attack_table, "search.attack", threat_model),
-        attack=attack_from(attack_table, "search.attack", threat_model),
+        weight_objective=method_from(
+            method_table, "search.method", attack_table, "search.attack", threat_model, SEARCH_ATTACK
+        ),
+        attack=attack_from(attack_table, "search.attack", threat_model, SEARCH_ATTACK),
     )
 
 

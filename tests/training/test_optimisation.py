@@ -1,5 +1,6 @@
 """The schedules, and the weight step against its formula."""
 
+import copy
 import math
 
 import pytest
@@ -76,9 +77,25 @@ def test_weight_step_is_clipped_sgd_with_momentum_and_decay(clip):
 def test_parameters_the_loss_does_not_use_are_left_alone():
     used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimiser = Sgd(0.1, weight_decay=0.5).optimiser([used, unused])
-    weight_step(used.sum(), [used, unused], optimiser, 0.1, 5.0)
+    weight_step(used.square().sum(), [used, unused], optimiser, 0.1, 5.0)
     assert torch.equal(unused, torch.ones(2))
     assert not torch.equal(used, torch.ones(2))
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+@pytest.mark.parametrize(
+    "loss_of", [torch.sum, lambda total: (total - 1).square().sum() / 2], ids=["expanded", "shared"]
+)
+def test_gradients_that_share_memory_are_clipped_once(loss_of, clip):
+    """autograd.grad hands out one tensor for two weights that are added, and an expanded one for a sum."""
+    first, second = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
+    optimiser = Sgd(1.0, momentum=0.0, weight_decay=0.0).optimiser([first, second])
+    loss = loss_of(first + second)
+    (slope,) = {float(value) for value in torch.autograd.grad(loss, first, retain_graph=True)[0]}
+    weight_step(loss, [first, second], optimiser, 1.0, clip)
+    for parameter in (first, second):
+        expected = torch.full((4,), -slope * (clip / 8**0.5 if clip else 1))
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -97,7 +114,8 @@ def test_an_optimiser_goes_on_from_its_tree(kind, momentum):
     parameters, optimiser = make()
     for _ in range(3):
         step(parameters, optimiser)
-    tree, weights = optimiser_tree(optimiser), [parameter.detach().clone() for parameter in parameters]
+    tree = copy.deepcopy(optimiser_tree(optimiser))  # as a file would
+    weights = [parameter.detach().clone() for parameter in parameters]
     fresh, again = make()
     with torch.no_grad():
         for parameter, weight in zip(fresh, weights, strict=True):

@@ -153,7 +153,7 @@ def test_pgd_at_is_the_cross_entropy_at_the_adversarial_images(network):
     torch.testing.assert_close(loss, F.cross_entropy(logits, batch.y), rtol=1e-12, atol=0)
     assert float(metrics["accuracy"]) == pytest.approx(float((logits.argmax(1) == batch.y).double().mean()))
     clean, _ = Standard()(model, batch, _state())
-    assert float(loss) > float(clean)
+    assert loss.item() > clean.item()
 
 
 def test_trades_compares_clean_with_adversarial_logits(network):
@@ -163,7 +163,7 @@ def test_trades_compares_clean_with_adversarial_logits(network):
     p, q = model(batch.x).softmax(1), model(found[0]).softmax(1)
     divergence = (p * (p / q).log()).sum(1).mean()
     torch.testing.assert_close(metrics["divergence"], divergence.detach(), rtol=1e-10, atol=0)
-    assert float(divergence) > 1e-3
+    assert divergence.item() > 1e-3
     natural = -model(batch.x).log_softmax(1)[torch.arange(12), batch.y].mean()
     torch.testing.assert_close(loss, natural + 2.5 * divergence, rtol=1e-10, atol=0)
     torch.testing.assert_close(metrics["natural_loss"], natural.detach(), rtol=1e-10, atol=0)
@@ -208,6 +208,7 @@ def test_the_auxiliary_head_adds_its_cross_entropy_averaged_over_the_passes(name
     passes, expected = len(seen), torch.stack([F.cross_entropy(result, batch.y) for result in logits]).mean()
     assert len(logits) == passes > 0
     logits.clear()
+    model.load_state_dict(network(auxiliary=True).double().state_dict())  # batch statistics moved on
     loss, metrics = WithAuxiliary(method, 0.4)(model, batch, _state())
     assert len(logits) == passes
     torch.testing.assert_close(metrics["auxiliary_loss"], expected, rtol=1e-10, atol=0)
