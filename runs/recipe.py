@@ -230,7 +230,7 @@ def build(table: Table) -> Recipe:
 
 
 SEARCH_ATTACK = {"statistics": "batch"}
-"""What an attack inside the search uses unless the recipe states otherwise. The supernet changes too fast for its running
+"""What an attack in the search uses unless the recipe states otherwise. The supernet changes too fast for its running
 statistics: on digits (8 epochs, PGD-3, seed 0) a search that attacks with batch statistics ends at 79.1 % robust and
 97.9 % natural accuracy of the supernet, with running ones at 76.4 % and 98.6 % (PGD-20, 512 images). The released ARNAS
 code uses batch statistics, too."""
