@@ -82,35 +82,46 @@ class _Worker:
 
 
 def _carry_out_in_workers(run: RunDirectory, count: int, pending: list[Task], observer: Observer) -> None:
-    context = multiprocessing.get_context("spawn")
     workers: list[_Worker] = []
     try:
-        for _ in range(min(count, len(pending))):
-            here, there = context.Pipe()
-            process = context.Process(target=_work, args=(there, str(run.path), os.getpid()), daemon=True)
-            process.start()
-            there.close()
-            workers.append(_Worker(process, here))
         done = {task.name for task in plan(build(run.table), run.command)} - {task.name for task in pending}
         waiting = list(pending)
+        alone = {task.name for task in pending if task.alone}
         while waiting or any(worker.task for worker in workers):
-            for worker in workers:
-                ready = next((task for task in waiting if set(task.needs) <= done), None)
-                if worker.task is None and ready is not None:
-                    waiting.remove(ready)
-                    worker.task = ready.name
-                    worker.connection.send(ready.name)
-                    observer.started(ready.name)
+            for task in [task for task in waiting if set(task.needs) <= done]:
+                worker = next((worker for worker in workers if worker.task is None), None)
+                if worker is None and len(workers) < count:
+                    # A worker costs seconds and memory: it is started when there is something for it to do.
+                    worker = _start_worker(run)
+                    workers.append(worker)
+                if worker is not None:
+                    waiting.remove(task)
+                    worker.task = task.name
+                    worker.connection.send(task.name)
+                    observer.started(task.name)
             for connection in multiprocessing.connection.wait([worker.connection for worker in workers]):
                 worker = next(worker for worker in workers if worker.connection is connection)
                 finished = _hear(worker, observer)
                 if finished is not None:
                     done.add(finished)
+                    if finished in alone:
+                        # The search leaves a large heap behind; the tasks that share the machine start without it.
+                        worker.process.terminate()
+                        workers.remove(worker)
     finally:
         for worker in workers:
             worker.process.terminate()
         for worker in workers:
             worker.process.join()
+
+
+def _start_worker(run: RunDirectory) -> _Worker:
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_work, args=(there, str(run.path), os.getpid()), daemon=True)
+    process.start()
+    there.close()
+    return _Worker(process, here)
 
 
 def _hear(worker: _Worker, observer: Observer) -> str | None:

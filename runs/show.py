@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -21,7 +22,7 @@ def next_commands(*commands: str) -> None:
 def models_table(models: list[dict[str, Any]]) -> None:
     """Size, natural and worst-case accuracy of each network; the single attacks are in the report."""
     columns = ("network", "parameters", "non-zero", "MACs", "natural", "worst case", "95 % interval")
-    table = Table(*columns)
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
     for column in table.columns:
         column.no_wrap = True
         column.justify = "left" if column.header == "network" else "right"
@@ -34,14 +35,14 @@ def models_table(models: list[dict[str, Any]]) -> None:
             f"{model['macs'] / 1e6:.2f} M",
             f"{model['natural']:.1%}",
             f"{model['worst_case']:.1%}",
-            f"{low:.1%} - {high:.1%}",
+            f"{low:.1%} {high:.1%}",
         )
     out_console.print(table)
 
 
 def topology_table(cells: list[dict[str, Any]]) -> None:
     """Depth, width and operations of each kind of cell."""
-    table = Table("cell", "depth", "edges from inputs", "antichain", "operations")
+    table = Table("cell", "depth", "from inputs", "antichain", "operations", box=box.SIMPLE_HEAD, pad_edge=False)
     for cell in cells:
         operations = ", ".join(f"{count} {name}" for name, count in cell["operations"].items())
         from_inputs = f"{cell['input_edges']} of {cell['edges']}"

@@ -84,7 +84,7 @@ TINY = settings(
     "train.parameters=0",
     "train.channels=3",
     "train.epochs=1",
-    "train.batch_size=64",
+    "train.batch_size=128",
     "train.attack.steps=1",
     "train.validation_attack={name='pgd', steps=1}",
     "baselines.random=1",
@@ -165,3 +165,21 @@ def small_recipe(folder: Path) -> Path:
     path = folder / "mine.toml"
     path.write_text(SMALL.format(path=toml(save_arrays(folder / "mine.npz"))), encoding="utf-8")
     return path
+
+
+def record(run: Path) -> dict[str, bytes]:
+    """Every file of a run, by name, but those that hold times or tell of the machine."""
+    volatile = ("timing.json", "report.html", "environment.json", "lock", "lock.workers")
+    files = {str(path.relative_to(run)): path for path in run.rglob("*") if path.is_file()}
+    return {
+        name: path.read_bytes()
+        for name, path in files.items()
+        if path.name not in volatile and not path.name.startswith("events.")
+    }
+
+
+def differences(run: Path, reference: Path) -> list[str]:
+    """Files that only one of two runs has, or that differ."""
+    one, other = record(run), record(reference)
+    assert "results.json" in other and "train/searched/checkpoint.safetensors" in other
+    return [name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]

@@ -10,11 +10,11 @@ from nas.attacks.pgd import Pgd
 from nas.data.augmentation import Augmentation
 from nas.data.image_data import ImageData
 from nas.data.split import split
-from nas.errors import InputError
+from nas.errors import Diverged, InputError
 from nas.optimisation import Sgd
 from nas.search import bilevel
 from nas.search.architecture_gradient import FirstOrder, Unrolled
-from nas.search.bilevel import ArchitectureAdam, Diverged, Search, Stage, search
+from nas.search.bilevel import ArchitectureAdam, Search, Stage, search
 from nas.threat_model import ThreatModel
 from nas.training.pgd_at import PgdAt
 from nas.training.standard import Standard

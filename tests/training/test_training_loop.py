@@ -10,13 +10,13 @@ from torch import nn
 from nas.attacks.pgd import Pgd
 from nas.data.augmentation import Augmentation
 from nas.data.image_data import ImageData
-from nas.errors import InputError
+from nas.errors import Diverged, InputError
 from nas.optimisation import Sgd
 from nas.tensor_file import read_tree
 from nas.threat_model import ThreatModel
 from nas.training import loop
 from nas.training.auxiliary import WithAuxiliary
-from nas.training.loop import Diverged, Training, Validation, train, validate
+from nas.training.loop import Training, Validation, train, validate
 from nas.training.pgd_at import PgdAt
 from nas.training.standard import Standard
 from nas.training.trades import Trades
