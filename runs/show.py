@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -22,7 +21,7 @@ def next_commands(*commands: str) -> None:
 def models_table(models: list[dict[str, Any]]) -> None:
     """Size, natural and worst-case accuracy of each network; the single attacks are in the report."""
     columns = ("network", "parameters", "non-zero", "MACs", "natural", "worst case", "95 % interval")
-    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in table.columns:
         column.no_wrap = True
         column.justify = "left" if column.header == "network" else "right"
@@ -42,7 +41,9 @@ def models_table(models: list[dict[str, Any]]) -> None:
 
 def topology_table(cells: list[dict[str, Any]]) -> None:
     """Depth, width and operations of each kind of cell."""
-    table = Table("cell", "depth", "from inputs", "antichain", "operations", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        "cell", "depth", "from inputs", "antichain", "operations", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
     for cell in cells:
         operations = ", ".join(f"{count} {name}" for name, count in cell["operations"].items())
         from_inputs = f"{cell['input_edges']} of {cell['edges']}"
