@@ -284,18 +284,21 @@ def test_a_damaged_mask_is_an_input_error(plan, make):
     assert accepted == []
 
 
-def test_random_damage_to_a_mask_is_an_input_error_or_a_mask(plan, make):
+def test_random_damage_to_a_mask_is_an_input_error_or_harmless(plan, make):
+    """The checksum notices; the few bits of a stream that mean nothing may differ."""
     _, model = make("plain")
     chance, raw = random.Random(0), base64.b64decode(plan.layers[_masked(plan)].data["mask"])
-    refused = 0
+    expected, refused = _masks(plan.apply(model)), 0
     for _ in range(150):
         damaged = bytearray(raw)
         damaged[chance.randrange(len(raw))] ^= 1 << chance.randrange(8)
         try:
-            _with_data(plan, mask=base64.b64encode(damaged).decode()).apply(model)
+            found = _masks(_with_data(plan, mask=base64.b64encode(damaged).decode()).apply(model))
         except InputError:
             refused += 1
-    assert refused == 150, "the checksum notices every flipped bit"
+        else:
+            assert all(torch.equal(mask, expected[name]) for name, mask in found.items())
+    assert refused > 130
 
 
 def test_malformed_plans_are_input_errors(plan):

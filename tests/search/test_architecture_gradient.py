@@ -57,7 +57,10 @@ class _Problem:
                 return F.cross_entropy(functional_call(self.supernet, values, (x,)), y)
 
             gradients = torch.autograd.grad(
-                loss({**weights, **alphas}, self.x, self.y), list(weights.values()), create_graph=True
+                loss({**weights, **alphas}, self.x, self.y),
+                list(weights.values()),
+                create_graph=True,
+                materialize_grads=True,
             )
             moved = {}
             for (name, weight), gradient, buffer in zip(weights.items(), gradients, self.step.buffers, strict=True):
