@@ -74,8 +74,8 @@ def test_the_input_gradient_is_the_derivative(loss):
     model = torch.nn.Sequential(
         torch.nn.Flatten(), torch.nn.Linear(9, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)
     ).double()
-    x = torch.rand(2, 1, 3, 3, dtype=torch.float64)
-    y = torch.tensor([0, 2])
+    x = torch.rand(3, 1, 3, 3, dtype=torch.float64)
+    y = torch.tensor([0, 2, 1])
     clean = clean_logits_for(loss, model, x * 0.9)
     assert (clean is None) == (loss != "kl")
     gradient, losses, logits = input_gradient(model, x, y, loss, clean)

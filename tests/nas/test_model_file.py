@@ -74,16 +74,18 @@ def test_the_digest_names_the_weights():
     assert weights_digest(model) != digest
 
 
-def test_a_crash_between_the_two_files_leaves_no_model(tmp_path, monkeypatch):
+@pytest.mark.parametrize("writer", ["write_bytes", "write_text"])
+def test_a_crash_between_the_two_files_leaves_no_model(writer, tmp_path, monkeypatch):
     """Weights first: where model.json stands, its weights do."""
     spec, model = _make()
 
     def crash(*arguments):
         raise OSError("disk full")
 
-    monkeypatch.setattr("nas.model_file.write_text", crash)
+    monkeypatch.setattr(f"nas.model_file.{writer}", crash)
     with pytest.raises(OSError, match="disk full"):
         save_model(spec, model, tmp_path)
+    assert not (tmp_path / "model.json").exists()
     with pytest.raises(InputError, match=r"model\.json"):
         load_model(tmp_path)
 

@@ -170,14 +170,14 @@ def test_random_damage_never_raises_anything_but_an_input_error(tmp_path):
     write_tree(_tree(), path)
     content, chance = path.read_bytes(), random.Random(0)
     refused = 0
-    for _ in range(1500):
+    for _ in range(700):
         path.write_bytes(_damaged(content, chance))
         for read in (read_tree, read_tensors):
             try:
                 read(path)
             except InputError:
                 refused += 1
-    assert refused > 2000
+    assert refused > 900
     (header,) = struct.unpack("<Q", content[:8])
     assert json.loads(content[8 : 8 + header])  # the undamaged file was sound
 

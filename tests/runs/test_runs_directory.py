@@ -137,12 +137,9 @@ def test_the_lock_is_released_after_an_error(tmp_path: Path) -> None:
 
 def test_workers_of_a_killed_run_are_waited_for(tmp_path: Path) -> None:
     run = create(tmp_path / "run", "run", TABLE)
-    with another_process(work, run.path) as process:
-        with run.locked():
-            # It is still there, but it has let go of the run.
-            with open(run.path / "lock.workers", "a") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        process.join()
+    # Within the lock the worker may still be there, but it has let go of the run.
+    with another_process(work, run.path), run.locked(), open(run.path / "lock.workers", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 # --- tasks

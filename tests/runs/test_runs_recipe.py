@@ -23,7 +23,17 @@ from nas.training.standard import Standard
 from nas.training.trades import Trades
 from runs.construct import construct
 from runs.directory import RunDirectory, check_same_recipe
-from runs.recipe import Baselines, DataPart, EvaluatePart, General, Recipe, build, read_table, shipped
+from runs.recipe import (
+    SEARCH_ATTACK,
+    Baselines,
+    DataPart,
+    EvaluatePart,
+    General,
+    Recipe,
+    build,
+    read_table,
+    shipped,
+)
 
 MINIMAL: dict[str, Any] = {
     "name": "minimal",
@@ -500,8 +510,9 @@ def test_defaults_are_those_of_the_dataclasses() -> None:
     assert recipe.data == DataPart(plugins.load("data", "digits")())
     assert recipe.threat_model == threat_model
     assert recipe.search.settings == Search()
-    assert recipe.search.weight_objective == PgdAt(Pgd(threat_model))
-    assert recipe.search.attack == Pgd(threat_model)
+    # The one exception, for its reason see there.
+    search_attack = Pgd(threat_model, **SEARCH_ATTACK)
+    assert recipe.search.weight_objective == PgdAt(search_attack) and recipe.search.attack == search_attack
     assert recipe.train.training == Training()
     assert recipe.train.objective == PgdAt(Pgd(threat_model))
     assert recipe.train.validation_attack == Pgd(threat_model)

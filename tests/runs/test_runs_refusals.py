@@ -93,24 +93,24 @@ def test_gpu_where_there_is_none(monkeypatch: pytest.MonkeyPatch, run_copy: Path
 
 def bad_arrays(folder: Path) -> list[tuple[Path, str]]:
     """Files, and a word that their refusal must hold."""
-    x = np.zeros((48, 8, 8), np.uint8)
-    pickled = np.array([{"a": 1}] * 48, dtype=object)
+    x = np.zeros((96, 8, 8), np.uint8)
+    pickled = np.array([{"a": 1}] * 96, dtype=object)
     text = folder / "text.npz"
     text.write_text("not an archive")
     short = save_arrays(folder / "short.npz")
     short.write_bytes(short.read_bytes()[:-700])
     return [
         (folder / "missing.npz", "no such file"),
-        (save_arrays(folder / "count.npz", x_train=x[:40]), "40 images but y_train has 48"),
-        (save_arrays(folder / "flat.npz", x_train=x.reshape(48, 64)), "shape (48, 64)"),
-        (save_arrays(folder / "sizes.npz", x_test=np.zeros((16, 9, 9), np.uint8)), "one shape"),
-        (save_arrays(folder / "tiny.npz", x_train=x[:, :4, :4], x_test=x[:16, :4, :4]), "4x4"),
+        (save_arrays(folder / "count.npz", x_train=x[:40]), "40 images but y_train has 96"),
+        (save_arrays(folder / "flat.npz", x_train=x.reshape(96, 64)), "shape (96, 64)"),
+        (save_arrays(folder / "sizes.npz", x_test=np.zeros((96, 9, 9), np.uint8)), "one shape"),
+        (save_arrays(folder / "tiny.npz", x_train=x[:, :4, :4], x_test=x[:, :4, :4]), "4x4"),
         (save_arrays(folder / "float.npz", x_train=x.astype("float32")), "float32"),
-        (save_arrays(folder / "label.npz", y_test=np.full(16, 7)), "y_test has labels 7..7"),
-        (save_arrays(folder / "negative.npz", y_train=np.full(48, -1)), "negative label"),
+        (save_arrays(folder / "label.npz", y_test=np.full(96, 7)), "y_test has labels 7..7"),
+        (save_arrays(folder / "negative.npz", y_train=np.full(96, -1)), "negative label"),
         (save_arrays(folder / "object images.npz", x_train=pickled), "x_train cannot be read"),
         (save_arrays(folder / "object labels.npz", y_train=pickled), "y_train cannot be read"),
-        (save_arrays(folder / "one class.npz", y_train=np.zeros(48, int), y_test=np.zeros(16, int)), "class"),
+        (save_arrays(folder / "one class.npz", y_train=np.zeros(96, int), y_test=np.zeros(96, int)), "class"),
         (text, "cannot be read"),
         (short, "short.npz"),
     ]
@@ -137,7 +137,7 @@ def test_a_run_goes_on_when_its_data_is_mended(tmp_path: Path) -> None:
 
 def test_data_error_in_a_worker_process(tmp_path: Path) -> None:
     """The default of the shipped recipes is more than one worker: the message must come through."""
-    path = save_arrays(tmp_path / "label.npz", y_test=np.full(16, 7))
+    path = save_arrays(tmp_path / "label.npz", y_test=np.full(96, 7))
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(SMALL.format(path=toml(path)), encoding="utf-8")
     message = nas("run", recipe, "--out", "run", "--set", "workers=2").refusal
@@ -402,8 +402,9 @@ def test_network_that_is_not_trained(recipe_file: Path) -> None:
     nas("search", recipe_file, "--out", "run")
     for command in ("attack", "compress", "export"):
         assert "searched" in nas(command, "run").refusal
-    assert "nas search --resume run" in nas("report", "run").refusal
     assert "nas search --resume run" in nas("analyse", "run").refusal
+    nas("run", recipe_file, "--out", "other")
+    assert "nas run --resume other" in nas("report", "other").refusal
 
 
 # --- the command line itself

@@ -75,7 +75,8 @@ TINY = settings(
     "threads=1",
     "search.channels=2",
     "search.cells=4",
-    "search.batch_size=256",
+    "data.validation=0.8",
+    "search.batch_size=128",
     "search.monitored=32",
     "search.gradient={name='first_order'}",
     "search.attack.steps=1",
@@ -84,7 +85,7 @@ TINY = settings(
     "train.parameters=0",
     "train.channels=3",
     "train.epochs=1",
-    "train.batch_size=128",
+    "train.batch_size=16",
     "train.attack.steps=1",
     "train.validation_attack={name='pgd', steps=1}",
     "baselines.random=1",
@@ -97,13 +98,13 @@ TINY = settings(
 
 
 def save_arrays(path: Path, **changes: Any) -> Path:
-    """Forty-eight training and sixteen test images of two classes that differ in brightness, as .npz."""
+    """As .npz: 96 training and 96 test images of two classes that differ a little in brightness."""
     random = np.random.default_rng(0)
     arrays: dict[str, Any] = {}
-    for part, count in (("train", 48), ("test", 16)):
+    for part, count in (("train", 96), ("test", 96)):
         labels = np.arange(count) % 2
         arrays[f"y_{part}"] = labels
-        arrays[f"x_{part}"] = (random.integers(0, 120, (count, 8, 8)) + 100 * labels[:, None, None]).astype(np.uint8)
+        arrays[f"x_{part}"] = (random.integers(0, 120, (count, 8, 8)) + 15 * labels[:, None, None]).astype(np.uint8)
     np.savez(path, **(arrays | changes))
     return path
 
@@ -118,12 +119,12 @@ path = {path}
 validation = 0.25
 
 [threat_model]
-epsilon = 0.1
+epsilon = 0.04
 
 [search]
 channels = 2
 cells = 4
-batch_size = 16
+batch_size = 32
 monitored = 8
 gradient = {{ name = "first_order" }}
 attack = {{ name = "pgd", steps = 1 }}
@@ -141,7 +142,7 @@ combine = "min_norm"
 channels = 2
 cells = 4
 epochs = 3
-batch_size = 16
+batch_size = 8
 attack = {{ name = "pgd", steps = 1 }}
 validation_attack = {{ name = "fgsm" }}
 
@@ -155,7 +156,7 @@ random = 0
 [evaluate]
 trials = [
     {{ name = "fgsm", attack = {{ name = "fgsm" }} }},
-    {{ name = "pgd x 3", attack = {{ name = "pgd", steps = 2 }}, restarts = 3 }},
+    {{ name = "pgd x 3", attack = {{ name = "pgd", steps = 1 }}, restarts = 3 }},
 ]
 """
 

@@ -10,6 +10,7 @@ from torch import nn
 from nas.attacks.pgd import Pgd
 from nas.data.augmentation import Augmentation
 from nas.data.image_data import ImageData
+from nas.data.split import split
 from nas.errors import Diverged, InputError
 from nas.optimisation import Sgd
 from nas.tensor_file import read_tree
@@ -201,6 +202,28 @@ def test_validation_counts_samples_that_are_right_and_stay_right(data, parts, ne
     assert found.robust == pytest.approx(float(stays.double().mean()))
     assert found == validate(model, data, parts.validation, Shift(), seed=5, batch_size=1000)
 
+    class Heals:
+        """Gives each image the pixels of one of its class that is read right."""
+
+        def __call__(self, model, x, y, *, generator):
+            rights = {int(label): image for image, label in zip(*(part[right] for part in given), strict=True)}
+            return torch.stack([rights[int(label)] for label in y])
+
+    given = x, y
+    assert validate(model, data, parts.validation, Heals(), seed=0, batch_size=7).robust == found.natural < 1
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_what_is_validated_is_what_is_kept(ema, data, parts, network, monkeypatch):
+    """With an average, the average."""
+    model, judged = network(), []
+    monkeypatch.setattr(
+        loop, "validate", lambda *arguments: judged.append(copy.deepcopy(arguments[0])) or Validation(0.5, 0.5)
+    )
+    _train(model, data, parts, training=_training(ema=ema))
+    assert len(judged) == 4
+    assert _same(judged[-1], model)
+
 
 class _Guarded(ImageData):
     """Data whose test images must not be looked at once ``armed``."""
@@ -291,6 +314,12 @@ def test_one_step_of_the_loop_by_hand(data, parts, network):
     for parameter, gradient, found in zip(theirs.parameters(), gradients, ours.parameters(), strict=True):
         expected = parameter.detach() - 0.1 * (gradient + 0.01 * parameter.detach())
         torch.testing.assert_close(found.detach(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_without_validation_images_no_checkpoint_can_be_chosen(data, network):
+    parts = split(data.y_train, architecture=0.5, validation=0.0, seed=0)
+    with pytest.raises(InputError, match="validation"):
+        _train(network(), data, parts)
 
 
 def test_wrong_settings_are_refused():
