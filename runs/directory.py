@@ -55,7 +55,7 @@ class RunDirectory:
         """What a task found; it must be done."""
         result = self.result(task)
         if result is None:
-            raise InputError(f"{self.path} has no finished task '{task}' yet: nas run --resume {self.path} finishes it")
+            raise InputError(f"{self.path} has no finished task '{task}' yet: nas {self.command} --resume {self.path} finishes it")
         return result
 
     def finish(self, task: str, result: Mapping[str, Any], seconds: float) -> None:

@@ -25,6 +25,7 @@ from nas.errors import Failure, InputError
 from runs.directory import RunDirectory, open_run
 from runs.recipe import Recipe, build
 from runs.tasks import Context, Task, device_of, plan
+from search_spaces.genotype import GenotypeError
 
 
 class Observer(Protocol):
@@ -97,7 +98,10 @@ def _carry_out_in_workers(run: RunDirectory, count: int, pending: list[Task], ob
                 if worker is not None:
                     waiting.remove(task)
                     worker.task = task.name
-                    worker.connection.send(task.name)
+                    try:
+                        worker.connection.send(task.name)
+                    except ConnectionError:
+                        raise _death_of(worker) from None
                     observer.started(task.name)
             for connection in multiprocessing.connection.wait([worker.connection for worker in workers]):
                 worker = next(worker for worker in workers if worker.connection is connection)
@@ -126,15 +130,11 @@ def _start_worker(run: RunDirectory) -> _Worker:
 
 def _hear(worker: _Worker, observer: Observer) -> str | None:
     """Take one message of a worker; returns the task it finished, if it did. Raises what the task raised."""
-    task = worker.task or "?"
     try:
         kind, value = worker.connection.recv()
-    except EOFError:
-        worker.process.join()
-        raise WorkerDied(
-            f"the worker on task '{task}' died (exit code {worker.process.exitcode}); if memory ran out, lower workers "
-            "or batch sizes; --resume continues the run"
-        ) from None
+    except (EOFError, ConnectionError):
+        raise _death_of(worker) from None
+    task = worker.task or ""
     if kind == "tick":
         observer.progressed(task, value)
         return None
@@ -147,6 +147,15 @@ def _hear(worker: _Worker, observer: Observer) -> str | None:
     if kind == "failure":
         raise Failure(f"task '{task}': {value}")
     raise TaskFailed(f"task '{task}' failed\n{value}")
+
+
+def _death_of(worker: _Worker) -> WorkerDied:
+    worker.process.join()
+    what = f"the worker on task '{worker.task}'" if worker.task else "an idle worker"
+    return WorkerDied(
+        f"{what} died (exit code {worker.process.exitcode}); if memory ran out, lower workers or batch sizes; "
+        "--resume continues the run"
+    )
 
 
 def _work(connection: Connection, path: str, parent: int) -> None:
@@ -174,7 +183,7 @@ def _work(connection: Connection, path: str, parent: int) -> None:
 
             try:
                 connection.send(("done", _do(run, recipe, tasks[name], tick)))
-            except InputError as error:
+            except (InputError, GenotypeError) as error:
                 connection.send(("input error", str(error)))
             except Failure as failure:
                 connection.send(("failure", str(failure)))

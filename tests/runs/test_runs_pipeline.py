@@ -235,8 +235,12 @@ def test_an_interrupt_ends_the_workers(script: Script, tmp_path: Path) -> None:
     mark = tmp_path / "run" / "long" / "pid"
     run = script(2, sleeping("long"), sleeping("other"))
 
+    main = threading.main_thread().ident
+    assert main is not None
+
     def interrupt() -> None:
-        waiting_for(mark, lambda: os.kill(os.getpid(), signal.SIGINT))()
+        # To the main thread: a signal that another thread receives does not wake it from waiting.
+        waiting_for(mark, lambda: signal.pthread_kill(main, signal.SIGINT))()
 
     thread = threading.Thread(target=interrupt)
     thread.start()
