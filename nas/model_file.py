@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ class ModelSpec:
     @staticmethod
     def from_data(data: object) -> ModelSpec:
         """The specification in parsed JSON. Raises ``InputError`` naming what is wrong."""
-        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        if not isinstance(data, dict) or type(data.get("schema")) is not int or data["schema"] != SCHEMA:
             raise InputError(f"model.json must be an object of schema version {SCHEMA}")
         try:
             shape = data["input_shape"]
@@ -93,10 +94,14 @@ class ModelSpec:
             raise InputError(f"genotype: {error}") from None
         except InputError:
             raise
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise InputError(f"missing or wrong entry ({type(error).__name__}: {error})") from None
-        if len(spec.mean) != spec.input_shape[0] or len(spec.std) != spec.input_shape[0] or min(spec.std) <= 0:
-            raise InputError("'mean' and 'std' need one number per input channel, 'std' above 0")
+        if min(spec.input_shape) < 1:
+            raise InputError("'input_shape' must be channels, height and width of at least 1")
+        if len(spec.mean) != spec.input_shape[0] or len(spec.std) != spec.input_shape[0]:
+            raise InputError("'mean' and 'std' need one number per input channel")
+        if not all(math.isfinite(value) for value in (*spec.mean, *spec.std)) or min(spec.std) <= 0:
+            raise InputError("'mean' and 'std' must be finite, 'std' above 0")
         if len(spec.classes) < 2:
             raise InputError("'classes' needs at least two names")
         return spec
@@ -148,6 +153,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
             raise InputError(
                 f"{path}: '{name}' has shape {tuple(tensor.shape)}, the network needs {tuple(expected[name].shape)}"
             )
+        if (tensor.is_floating_point(), tensor.is_complex()) != (expected[name].is_floating_point(), False):
+            raise InputError(f"{path}: '{name}' holds {tensor.dtype}, the network needs {expected[name].dtype}")
     model.load_state_dict(tensors)
 
 

@@ -67,11 +67,14 @@ def weight_step(
     loss: Tensor, parameters: list[nn.Parameter], optimiser: torch.optim.Optimizer, rate: float, clip: float
 ) -> None:
     """Backward, clip, step: the only place where weights are trained."""
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    gradients: list[Tensor | None] = list(torch.autograd.grad(loss, parameters, allow_unused=True))
+    if clip:
+        # Not in place: autograd hands out one tensor for two weights that are added, and expanded ones for sums.
+        norm = nn.utils.get_total_norm([g for g in gradients if g is not None], foreach=True)
+        shrink = (clip / (norm + 1e-6)).clamp_max(1.0)
+        gradients = [None if g is None else g * shrink for g in gradients]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
-    if clip:
-        nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
     for group in optimiser.param_groups:
         group["lr"] = rate
     optimiser.step()

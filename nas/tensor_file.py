@@ -36,16 +36,18 @@ def read_tree(path: Path, device: torch.device | str = "cpu") -> Tree:
             if "tree" not in metadata:
                 raise InputError(f"{path} was not written by this program (no tree in its header)")
             tree = json.loads(metadata["tree"])
+            if not isinstance(tree, dict) or "tree" not in tree:
+                raise InputError(f"{path} is damaged: its header holds no tree")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} is damaged or not a safetensors file ({_first_line(error)})") from None
     try:
         return _joined(tree, tensors)
-    except (KeyError, AttributeError, TypeError):
+    except (KeyError, AttributeError, TypeError, RecursionError):
         raise InputError(f"{path} is damaged: its header and its tensors do not belong together") from None
 
 
@@ -83,6 +85,8 @@ def write_text(text: str, path: Path) -> None:
 def _separate(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         # safetensors refuses tensors that share memory or are not contiguous.
+        # Numbered: keys may contain slashes, so that paths alone are not unique.
+        name = f"{len(tensors)}{name}"
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
     if isinstance(value, dict):

@@ -62,8 +62,10 @@ class L2:
         return delta * _per_image((epsilon / size).clamp_max(1.0), delta)
 
     def steepest(self, gradient: Tensor) -> Tensor:
-        size = gradient.flatten(1).norm(dim=1).clamp_min(torch.finfo(gradient.dtype).tiny)
-        return gradient / _per_image(size, gradient)
+        # Scaled first: squares of very small or large gradients (saturated logits) leave the range of the type.
+        tiny = torch.finfo(gradient.dtype).tiny
+        scaled = gradient / _per_image(gradient.flatten(1).abs().amax(1).clamp_min(tiny), gradient)
+        return scaled / _per_image(scaled.flatten(1).norm(dim=1).clamp_min(tiny), gradient)
 
     def draw(self, like: Tensor, epsilon: float, generator: torch.Generator) -> Tensor:
         normal = torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,7 +43,7 @@ def main() -> None:
     try:
         app(standalone_mode=False)
     except (InputError, GenotypeError) as error:
-        _complain(str(error))
+        _complain(" ".join(str(error).splitlines()))
         sys.exit(2)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
@@ -57,7 +57,7 @@ def main() -> None:
         message = error.format_message()  # type: ignore[attr-defined]
         if not message:  # no command: the help has been shown
             sys.exit(0)
-        _complain(message)
+        _complain(" ".join(message.splitlines()))
         sys.exit(2)
 
 
@@ -102,14 +102,14 @@ def train(
     seed: Seed = None,
     as_json: Json = False,
 ) -> None:
-    """Train, compress, attack and export one given architecture."""
+    """Train, attack and export one given architecture."""
     overrides = [*(set_ or []), *([f"train.method.name={json.dumps(method)}"] if method else [])]
     if resume is None and genotype is None:
         raise InputError("nas train needs --genotype: a file or a published name (nas list genotypes)")
     from search_spaces.catalogue import load_genotype
 
-    data = load_genotype(genotype).to_data() if genotype is not None else None
-    _start("train", recipe, resume, overrides, out, seed, as_json, data)
+    loaded = load_genotype(genotype) if genotype is not None else None
+    _start("train", recipe, resume, overrides, out, seed, as_json, loaded)
 
 
 def _start(
@@ -120,15 +120,16 @@ def _start(
     out: Path | None,
     seed: int | None,
     as_json: bool,
-    genotype: Mapping[str, Any] | None = None,
+    genotype: AnyGenotype | None = None,
 ) -> None:
     """Create or continue a run, carry it out, and say what came of it."""
     from runs.directory import check_same_recipe, create, default_path, open_run
     from runs.pipeline import carry_out
-    from runs.recipe import build, read_table
+    from runs.recipe import build, check_size, read_table
     from runs.tasks import device_of
 
     table = read_table(recipe, overrides or [], seed) if recipe is not None else None
+    data = genotype.to_data() if genotype is not None else None
     if resume is not None:
         if out is not None:
             raise InputError("--out and --resume exclude each other: a resumed run stays where it is")
@@ -139,18 +140,23 @@ def _start(
             raise InputError("--set and --seed need the recipe's name when a run is resumed")
         if table is not None:
             check_same_recipe(directory, table)
+        if data is not None and data != directory.genotype:
+            raise InputError(f"{resume} is a run of another genotype: resume it without --genotype, or start anew")
     elif table is None:
         raise InputError(f"name a recipe (nas list recipes) or a run to continue: nas {command} digits")
     else:
         built = build(table)
         device_of(built.general.device)
-        directory = create(out or default_path(built.general.name), command, table, genotype)
+        if isinstance(genotype, Genotype):
+            check_size("train", genotype.layout, built.train.cells, built.train.channels or 1)
+        directory = create(out or default_path(built.general.name), command, table, data)
     progress_console = error_console if as_json else out_console
     if not as_json:
-        out_console.print(f"{directory.path}", highlight=False)
+        out_console.print(f"{directory.path}", markup=False, highlight=False)
     with directory.locked(), _observer(progress_console) as observer:
         carry_out(directory, observer)
-    _conclude(directory, as_json)
+    again = [recipe or directory.table["name"], *(f"--set={item}" for item in overrides or [])]
+    _conclude(directory, as_json, again + ([f"--seed={seed}"] if seed is not None else []))
 
 
 @contextmanager
@@ -165,8 +171,8 @@ def _observer(console: Console) -> Iterator[Any]:
         yield bars
 
 
-def _conclude(directory: Any, as_json: bool) -> None:
-    """Print what a finished run found and the next useful commands."""
+def _conclude(directory: Any, as_json: bool, recipe: list[str]) -> None:
+    """Print what a finished run found and the next useful commands. recipe: the arguments that name it."""
     path = directory.path
     if directory.command == "search":
         genotype = path / "search" / "genotype.json"
@@ -174,10 +180,7 @@ def _conclude(directory: Any, as_json: bool) -> None:
             print(genotype.read_text(encoding="utf-8"))
             return
         topology_table(directory.needed("analyse")["topology"])
-        next_commands(
-            f"nas analyse {genotype}",
-            f"nas train {directory.table['name']} --genotype {genotype}",
-        )
+        next_commands(["nas", "analyse", genotype], ["nas", "train", *recipe, "--genotype", genotype])
         return
     results = json.loads((path / "results.json").read_text(encoding="utf-8"))
     if as_json:
@@ -187,9 +190,9 @@ def _conclude(directory: Any, as_json: bool) -> None:
     for line in results["verdict"]:
         out_console.print(line, markup=False, highlight=False)
     next_commands(
-        f"open {path / 'report.html'}",
-        f"nas attack {path} --attack pgd --set steps=100",
-        f"tensorboard --logdir {path}",
+        ["open", path / "report.html"],
+        ["nas", "attack", path, "--attack", "pgd", "--set", "steps=100"],
+        ["tensorboard", "--logdir", path],
     )
 
 
@@ -197,11 +200,11 @@ def _conclude(directory: Any, as_json: bool) -> None:
 def analyse(
     what: Annotated[str, typer.Argument(help="A run directory, a genotype file or a published name.")],
     compare: Annotated[list[str] | None, typer.Option(help="More of the same, to set beside it.")] = None,
-    channels: Annotated[int, typer.Option(help="Base channels of the counted network.")] = 64,
-    cells: Annotated[int, typer.Option(help="Cells of the counted network.")] = 20,
-    size: Annotated[int, typer.Option(help="Height and width of the image.")] = 32,
-    image_channels: Annotated[int, typer.Option(help="Channels of the image.")] = 3,
-    classes: Annotated[int, typer.Option(help="Number of classes.")] = 10,
+    channels: Annotated[int, typer.Option(min=1, help="Base channels of the counted network.")] = 64,
+    cells: Annotated[int, typer.Option(min=1, help="Cells of the counted network.")] = 20,
+    size: Annotated[int, typer.Option(min=8, help="Height and width of the image.")] = 32,
+    image_channels: Annotated[int, typer.Option(min=1, help="Channels of the image.")] = 3,
+    classes: Annotated[int, typer.Option(min=2, help="Number of classes.")] = 10,
     pictures: Annotated[Path | None, typer.Option(help="Folder for a picture of each cell.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -250,7 +253,7 @@ def analyse(
     if as_json:
         print(json.dumps(results))
     elif pictures is None:
-        next_commands(f"nas analyse {what} --pictures pictures")
+        next_commands(["nas", "analyse", what, "--pictures", "pictures"])
 
 
 def _genotype_of(name: str) -> AnyGenotype:
@@ -311,10 +314,18 @@ def _header(path: Path) -> str:
 
 
 def _runs(folder: Path) -> dict[str, str]:
+    from runs.directory import open_run
+
     rows = {}
     for path in sorted(folder.glob("*/run.json")):
-        finished = (path.parent / "results.json").exists() or (path.parent / "analyse" / "result.json").exists()
-        rows[path.parent.name] = "finished" if finished else f"unfinished: nas run --resume {path.parent}"
+        try:
+            run = open_run(path.parent)
+        except InputError as error:
+            rows[path.parent.name] = str(error)
+            continue
+        last = run.path / ("analyse/result.json" if run.command == "search" else "results.json")
+        finished = f"unfinished: nas {run.command} --resume {run.path}"
+        rows[path.parent.name] = "finished" if last.exists() else finished
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,9 +61,7 @@ def compress(
     with _context(path, table_settings) as context:
         source = _model_folder(model_folder(context.run, model), path, model)
         folder = out or context.run.path / f"compress-{_label(method, set_, epochs, model)}"
-        make_folder(folder)
-        if (folder / "result.json").exists():
-            raise InputError(f"{folder} holds a compressed network already: choose another --out")
+        _begin(folder, {"model": model, "settings": table_settings})
         result = compress_into(context, context.recipe.compress, source, folder)
         _, compressed = load_model(folder, context.device)
         evaluation = evaluate_into(context, compressed, context.recipe.evaluate.trials, folder)
@@ -72,7 +71,24 @@ def compress(
         print(json.dumps(result))
         return
     models_table([result])
-    next_commands(f"nas attack {path} --model {folder.name}", f"nas export {path} --model {folder.name} --to py")
+    # A folder outside the run is found by its whole path.
+    name = folder.name if out is None else folder.resolve()
+    next_commands(
+        ["nas", "attack", path, "--model", name],
+        ["nas", "export", path, "--model", name, "--to", "py", *([] if out is None else ["--out", folder])],
+    )
+
+
+def _begin(folder: Path, asked: dict[str, Any]) -> None:
+    """Make the folder of a compression, or go on in one that the same command began."""
+    from runs.directory import read_json, write_json
+
+    make_folder(folder)
+    note = folder / "compression.json"
+    if not any(folder.iterdir()):
+        write_json(asked, note)
+    elif not note.is_file() or read_json(note) != asked or (folder / "result.json").exists():
+        raise InputError(f"{folder} holds other work already: choose another --out")
 
 
 def attack(
@@ -86,7 +102,9 @@ def attack(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Setting of the attack: key=value, e.g. steps=100.")
     ] = None,
-    restarts: Annotated[int, typer.Option(help="Starts; a sample is robust only if it survives all.")] = 1,
+    restarts: Annotated[
+        int | None, typer.Option(help="Starts, 1 unless stated; a sample is robust only if it survives all.")
+    ] = None,
     epsilon: Annotated[float | None, typer.Option(help="Radius, instead of the recipe's.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -100,17 +118,18 @@ def attack(
     overrides = [f"threat_model.epsilon={epsilon!r}"] if epsilon is not None else []
     with _context(path, overrides) as context:
         if name == "recipe":
-            if set_:
-                raise InputError("--set needs --attack: the recipe's trials are as the recipe says")
+            if set_ or restarts is not None:
+                raise InputError("--set and --restarts need --attack: the recipe's trials are as the recipe says")
             trials = dict(context.recipe.evaluate.trials)
         else:
             table: dict[str, Any] = {"name": name}
             for item in set_ or []:
                 override_key(table, item)
-            trials = {name: Trial(attack_from(table, "attack", context.recipe.threat_model), restarts)}
+            starts = 1 if restarts is None else restarts
+            trials = {name: Trial(attack_from(table, "attack", context.recipe.threat_model), starts)}
         folder = _model_folder(model_folder(context.run, model), path, model)
         _, network = load_model(folder, context.device)
-        label = _label(name, [*(set_ or []), *overrides], restarts if name != "recipe" else None, model)
+        label = _label(name, [*(set_ or []), *overrides], starts if name != "recipe" else None, model)
         target = context.run.folder(f"attack-{label}")
         result = {"name": model, "role": model, **evaluate_into(context, network, trials, target)}
         write_json(result, target / "result.json")
@@ -118,7 +137,9 @@ def attack(
         print(json.dumps(result))
         return
     low, high = result["interval"]
-    out_console.print(f"{model}: natural {result['natural']:.1%} on {result['n']} test images", highlight=False)
+    out_console.print(
+        f"{model}: natural {result['natural']:.1%} on {result['n']} test images", markup=False, highlight=False
+    )
     for trial, accuracy in result["attacks"].items():
         out_console.print(
             f"  {trial}: {accuracy:.1%}  ({result['attack_settings'][trial]})", highlight=False, markup=False
@@ -128,7 +149,7 @@ def attack(
     )
     for check in result["checks"]:
         out_console.print(f"  {check['verdict']}: {check['name']}: {check['detail']}", markup=False, highlight=False)
-    out_console.print(f"written to {target / 'result.json'}", highlight=False)
+    out_console.print(f"written to {target / 'result.json'}", markup=False, highlight=False)
 
 
 def _model_folder(default: Path, run: Path, model: str) -> Path:
@@ -145,7 +166,11 @@ def _model_folder(default: Path, run: Path, model: str) -> Path:
 def _label(name: str, settings: list[str] | None, number: int | None, model: str) -> str:
     """A folder name that tells settings apart."""
     parts = [name, model, *(settings or []), *([str(number)] if number is not None else [])]
-    return "".join(c if c.isalnum() or c in ".-_" else "_" for c in "-".join(parts))[:100]
+    text = "-".join(parts)
+    label = "".join(c if c.isalnum() or c in ".-_" else "_" for c in text)
+    # Cut or changed names need something that still tells them apart.
+    digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    return label if len(label) <= 100 else f"{label[:91]}-{digest}"
 
 
 def export(
@@ -158,16 +183,20 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export a trained network of a run; every file is reloaded in a fresh process and compared."""
-    from nas.export.package import export_model
+    from nas.export.package import FORMATS, export_model
     from nas.export.parity import check_exports
     from nas.model_file import load_model
     from runs.tasks import model_folder
 
+    formats = tuple(part.strip() for part in to.split(",") if part.strip())
+    for name in formats or ("",):
+        if name not in FORMATS:
+            raise InputError(f"unknown export format '{name}': {nearest(name, FORMATS)}")
     with _context(path) as context:
         spec, network = load_model(_model_folder(model_folder(context.run, model), path, model))
         folder = out or context.run.path / f"export-{model}"
         make_folder(folder)
-        export_model(spec, network, folder, tuple(part.strip() for part in to.split(",") if part.strip()))
+        export_model(spec, network, folder, formats)
         rows = context.split.validation[:32]
         inputs = context.data.x_train.cpu()[rows].float() / 255
         files = [dataclasses.asdict(file) for file in check_exports(folder, spec, network, inputs)]
@@ -187,9 +216,12 @@ def report(path: RunArgument) -> None:
     from runs.tasks import write_page
 
     run_directory = open_run(path)
+    if run_directory.command == "search":
+        raise InputError(f"{path} is a search, which has no report: nas analyse {path} shows what it found")
     if not (path / "results.json").exists():
         raise InputError(f"{path} is not finished: nas {run_directory.command} --resume {path} finishes it")
-    out_console.print(str(write_page(run_directory, read_json(path / "results.json"))), highlight=False)
+    page = write_page(run_directory, read_json(path / "results.json"))
+    out_console.print(str(page), markup=False, highlight=False)
 
 
 def make_folder(path: Path) -> None:

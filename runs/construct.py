@@ -6,7 +6,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -14,16 +14,17 @@ from pydantic import TypeAdapter, ValidationError
 from nas.errors import InputError, nearest
 
 
-def construct(cls: type, table: object, where: str, **given: Any) -> Any:
+def construct(cls: type, table: object, where: str, siblings: Sequence[str] = (), **given: Any) -> Any:
     """An instance of dataclass ``cls`` from ``table``, which stands at ``where`` in the recipe.
 
-    given: fields that do not come from the recipe. Raises ``InputError`` naming the key, what is wrong and what
+    given: fields that do not come from the recipe; siblings: keys of the same table that were taken out of it before,
+    to be suggested where one is misspelt. Raises ``InputError`` naming the key, what is wrong and what
     would be right.
     """
     entries = mapping(table, where)
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init and field.name not in given}
-    check_keys(entries, fields, where)
+    check_keys(entries, fields, where, siblings)
     values = dict(given)
     for name, value in entries.items():
         values[name] = _value(hints[name], value, f"{where}.{name}")
@@ -44,13 +45,16 @@ def mapping(table: object, where: str) -> Mapping[str, Any]:
     return table
 
 
-def check_keys(entries: Mapping[str, Any], known: typing.Iterable[str], where: str) -> None:
+def check_keys(
+    entries: Mapping[str, Any], known: typing.Iterable[str], where: str, siblings: Sequence[str] = ()
+) -> None:
     """Raise ``InputError`` for a key that is not known, naming the nearest one."""
     names = list(known)
     for key in entries:
         if key not in names:
             place = f"[{where}]" if where else "the recipe"
-            raise InputError(f"unknown key '{key}' in {place}: {nearest(key, names)}")
+            hint = nearest(key, [*names, *siblings]) if names or siblings else "it takes none"
+            raise InputError(f"unknown key '{key}' in {place}: {hint}")
 
 
 def plain(value: Any) -> Any:
@@ -88,7 +92,7 @@ def _name(hint: Any) -> str:
 
 
 def _kind(value: object) -> str:
-    names = {str: "a text", bool: "true or false", int: "a number", float: "a number", list: "a list"}
+    names = {str: "a text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "a table"}
     return names.get(type(value), f"a {type(value).__name__}")
 
 

@@ -55,7 +55,9 @@ class RunDirectory:
         """What a task found; it must be done."""
         result = self.result(task)
         if result is None:
-            raise InputError(f"{self.path} has no finished task '{task}' yet: nas {self.command} --resume {self.path} finishes it")
+            raise InputError(
+                f"{self.path} has no finished task '{task}' yet: nas {self.command} --resume {self.path} finishes it"
+            )
         return result
 
     def finish(self, task: str, result: Mapping[str, Any], seconds: float) -> None:
@@ -67,7 +69,11 @@ class RunDirectory:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Within it, no other process works on this run. Raises ``InputError`` if one does."""
-        with open(self.path / "lock", "a+", encoding="utf-8") as file:
+        try:
+            file = open(self.path / "lock", "a+", encoding="utf-8")  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise InputError(f"cannot write to {self.path}: {error.strerror}") from None
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -92,7 +98,8 @@ def create(
     try:
         path.mkdir(parents=True, exist_ok=True)
         if any(path.iterdir()):
-            raise InputError(f"{path} is not empty: choose another --out, or continue it with --resume {path}")
+            way = f", or continue it with --resume {path}" if (path / "run.json").is_file() else ""
+            raise InputError(f"{path} is not empty: choose another --out{way}")
         write_json(environment(), path / "environment.json")
         write_json({"schema": SCHEMA, "command": command, "recipe": table, "genotype": genotype}, path / "run.json")
     except OSError as error:
@@ -112,7 +119,7 @@ def open_run(path: Path) -> RunDirectory:
 
 def check_same_recipe(run: RunDirectory, table: Mapping[str, Any]) -> None:
     """Raise ``InputError`` naming the first difference between a run's recipe and ``table``."""
-    stored, given = flatten(run.table), flatten(json.loads(json.dumps(table)))
+    stored, given = flatten(run.table), flatten(json.loads(json.dumps(table, default=str)))
     for key in sorted(stored.keys() | given.keys()):
         if stored.get(key) != given.get(key):
             raise InputError(
@@ -122,9 +129,11 @@ def check_same_recipe(run: RunDirectory, table: Mapping[str, Any]) -> None:
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one with dotted keys."""
+    """Nested tables and lists of tables as one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
+        if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            value = {str(index): item for index, item in enumerate(value)}
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{key}.")
         else:

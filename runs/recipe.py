@@ -66,6 +66,13 @@ class DataPart:
     architecture: float = 0.5
     validation: float = 0.1
 
+    def __post_init__(self) -> None:
+        if not 0 < self.architecture < 1 or not 0 < self.validation < 1:
+            raise InputError(
+                "architecture and validation are shares above 0 and below 1, "
+                f"not {self.architecture} and {self.validation}"
+            )
+
 
 @dataclass(frozen=True)
 class SearchPart:
@@ -92,8 +99,11 @@ class TrainPart:
     parameters: int = 0
 
     def __post_init__(self) -> None:
-        if (self.channels > 0) == (self.parameters > 0):
-            raise InputError("give either channels or parameters (the size for which channels are chosen), above 0")
+        if min(self.channels, self.parameters) < 0 or (self.channels > 0) == (self.parameters > 0):
+            raise InputError(
+                "give either channels or parameters (the size for which channels are chosen) above 0, the other "
+                f"left out or 0; channels is {self.channels}, parameters {self.parameters}"
+            )
 
 
 @dataclass(frozen=True)
@@ -129,6 +139,7 @@ class Baselines:
     def __post_init__(self) -> None:
         if self.random < 0 or not 0 < self.tolerance < 1:
             raise InputError("random must be at least 0, tolerance between 0 and 1")
+        _ = self.plain
 
     @property
     def plain(self) -> StageGenotype | None:
@@ -138,7 +149,7 @@ class Baselines:
         try:
             return StageGenotype("plain", self.plain_depths, self.plain_widths)
         except ValueError as error:
-            raise InputError(f"baselines: plain_depths and plain_widths: {error}") from None
+            raise InputError(f"plain_depths and plain_widths: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -147,6 +158,10 @@ class EvaluatePart:
 
     trials: Mapping[str, Trial]
     batch_size: int = 512
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, not {self.batch_size}")
 
 
 @dataclass(frozen=True)
@@ -182,10 +197,10 @@ def read_table(name_or_path: str, overrides: Sequence[str] = (), seed: int | Non
             )
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not TOML: {error}") from None
     except OSError as error:
         raise InputError(f"cannot read recipe {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not TOML: {error}") from None
     table.setdefault("name", path.stem)
     if seed is not None:
         table["seed"] = seed
@@ -211,10 +226,7 @@ def build(table: Table) -> Recipe:
         ("search", search.settings.cells, search.settings.channels),
         ("train", train.cells, train.channels or 1),
     ):
-        try:
-            space.layout.place(cells, channels)
-        except ValueError as error:
-            raise InputError(f"{where}: {error}") from None
+        check_size(where, space.layout, cells, channels)
     return Recipe(
         general=general,
         data=_data(table["data"]),
@@ -228,6 +240,17 @@ def build(table: Table) -> Recipe:
         table=copy.deepcopy(dict(table)),
     )
 
+
+def check_size(where: str, layout: Layout, cells: int, channels: int) -> None:
+    """Raise ``InputError`` where a network of ``cells`` cells cannot have ``layout``."""
+    try:
+        layout.place(cells, channels)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+SEARCH_OBJECTIVES = ("natural", "adversarial")
+"""What a stage of the search may minimise over the architecture."""
 
 SEARCH_ATTACK = {"statistics": "batch"}
 """What an attack in the search uses unless the recipe states otherwise. The supernet changes too fast for its running
@@ -244,7 +267,7 @@ def attack_from(
     cls = plugins.load("attacks", _name(entries, where))
     fields = {f.name for f in dataclasses.fields(cls)}
     entries = {**{key: value for key, value in (defaults or {}).items() if key in fields}, **entries}
-    attack: Attack = construct(cls, entries, where, threat_model=threat_model)
+    attack: Attack = construct(cls, entries, where, ("name",), threat_model=threat_model)
     return attack
 
 
@@ -265,21 +288,25 @@ def method_from(
         if hasattr(cls, "inner_loss"):
             defaults["loss"] = cls.inner_loss
         given["attack"] = attack_from(attack_table, attack_where, threat_model, defaults)
-    objective: Objective = construct(cls, entries, where, **given)
+    objective: Objective = construct(cls, entries, where, ("name",), **given)
     return objective
 
 
 def _name(entries: dict[str, Any], where: str) -> str:
-    name = entries.pop("name", None)
-    if not isinstance(name, str):
+    if "name" not in entries:
         raise InputError(f"{where}.name is missing: it says which one to use")
+    name = entries.pop("name")
+    if not isinstance(name, str):
+        raise InputError(f"{where}.name must be a text, not {name!r}")
     return name
 
 
 def _data(table: object) -> DataPart:
     entries = dict(mapping(table, "data"))
     shares = {key: entries.pop(key) for key in ("architecture", "validation") if key in entries}
-    source = construct(plugins.load("data", _name(entries, "data")), entries, "data")
+    source = construct(
+        plugins.load("data", _name(entries, "data")), entries, "data", ("name", "architecture", "validation")
+    )
     return construct(DataPart, shares, "data", source=source)
 
 
@@ -293,7 +320,7 @@ def _space(table: object) -> CellSpace:
     try:
         if entries:
             defaults = space.layout.to_data()
-            layout = construct(Layout, {**defaults, **entries}, "space")
+            layout = construct(Layout, {**defaults, **entries}, "space", ("name",))
             space = dataclasses.replace(space, layout=layout)
     except InputError:
         raise
@@ -307,8 +334,14 @@ def _search(table: object, threat_model: ThreatModel) -> SearchPart:
     attack_table = entries.pop("attack", {"name": "pgd"})
     method_table = entries.pop("method", {"name": "pgd_at"})
     gradient = _gradient(entries.pop("gradient", {"name": "unrolled"}))
+    settings = construct(Search, entries, "search", ("attack", "method", "gradient"), gradient=gradient)
+    for index, stage in enumerate(settings.stages):
+        for name in stage.objectives:
+            if name not in SEARCH_OBJECTIVES:
+                hint = nearest(name, SEARCH_OBJECTIVES)
+                raise InputError(f"search.stages[{index}].objectives: unknown objective '{name}': {hint}")
     return SearchPart(
-        settings=construct(Search, entries, "search", gradient=gradient),
+        settings=settings,
         weight_objective=method_from(
             method_table, "search.method", attack_table, "search.attack", threat_model, SEARCH_ATTACK
         ),
@@ -322,8 +355,12 @@ def _gradient(table: object) -> FirstOrder | Unrolled:
     name = _name(entries, "search.gradient")
     if name not in kinds:
         raise InputError(f"unknown search.gradient '{name}': {nearest(name, kinds)}")
-    gradient: FirstOrder | Unrolled = construct(kinds[name], entries, "search.gradient")
+    gradient: FirstOrder | Unrolled = construct(kinds[name], entries, "search.gradient", ("name",))
     return gradient
+
+
+TRAIN_KEYS = ("attack", "method", "validation_attack", "auxiliary_weight", "channels", "cells", "parameters")
+"""Keys of [train] beside those of the training loop."""
 
 
 def _train(table: object, threat_model: ThreatModel) -> TrainPart:
@@ -340,7 +377,7 @@ def _train(table: object, threat_model: ThreatModel) -> TrainPart:
         TrainPart,
         size,
         "train",
-        training=construct(Training, entries, "train"),
+        training=construct(Training, entries, "train", TRAIN_KEYS),
         objective=objective,
         auxiliary_weight=float(auxiliary_weight),
         validation_attack=attack_from(validation_table, "train.validation_attack", threat_model),
@@ -357,7 +394,7 @@ def _compress(table: object, training: Training) -> CompressPart:
     chosen: FineTune = construct(FineTune, fine_tune, "compress.fine_tune")
     optimiser = dataclasses.replace(training.optimiser, learning_rate=chosen.learning_rate)
     name = _name(entries, "compress")
-    method = construct(plugins.load("compression", name), entries, "compress")
+    method = construct(plugins.load("compression", name), entries, "compress", ("name", "fine_tune"))
     return CompressPart(method, name, dataclasses.replace(training, epochs=chosen.epochs, optimiser=optimiser))
 
 
@@ -374,9 +411,11 @@ def _evaluate(table: object, threat_model: ThreatModel) -> EvaluatePart:
         check_keys(trial, ("attack", "restarts"), where)
         if label in trials:
             raise InputError(f"{where}: there are two trials named '{label}'")
-        attack = attack_from(trial.pop("attack", None), f"{where}.attack", threat_model)
+        if "attack" not in trial:
+            raise InputError(f"{where}.attack is missing: write attack = {{ name = ... }}")
+        attack = attack_from(trial.pop("attack"), f"{where}.attack", threat_model)
         trials[label] = construct(Trial, trial, where, attack=attack)
-    return construct(EvaluatePart, entries, "evaluate", trials=trials)
+    return construct(EvaluatePart, entries, "evaluate", ("trials",), trials=trials)
 
 
 def override_key(table: dict[str, Any], override: str) -> None:
@@ -385,10 +424,13 @@ def override_key(table: dict[str, Any], override: str) -> None:
     path = key.strip().split(".")
     if not separator or not all(path):
         raise InputError(f"--set {override}: write key=value, e.g. --set search.channels=8")
+    value: Any = text.strip()
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
+        parsed = tomllib.loads(f"value = {text}")
+        if parsed.keys() == {"value"}:
+            value = parsed["value"]
+    except (ValueError, RecursionError):
+        pass
     target: Any = table
     for name in path[:-1]:
         if isinstance(target, list):

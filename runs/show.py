@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -11,11 +13,11 @@ out_console = Console(soft_wrap=True)
 error_console = Console(stderr=True, soft_wrap=True)
 
 
-def next_commands(*commands: str) -> None:
-    """Say how to go on."""
+def next_commands(*commands: Sequence[object]) -> None:
+    """Say how to go on: commands as lists of arguments."""
     out_console.print("next:", style="bold")
     for command in commands:
-        out_console.print(f"  {command}", markup=False, highlight=False)
+        out_console.print(f"  {shlex.join(map(str, command))}", markup=False, highlight=False)
 
 
 def models_table(models: list[dict[str, Any]]) -> None:

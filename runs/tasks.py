@@ -40,7 +40,7 @@ from nas.training.standard import Standard
 from runs.directory import RunDirectory, flatten, read_json, write_json
 from runs.metrics import MetricsLog
 from runs.recipe import CompressPart, Recipe
-from search_spaces.genotype import AnyGenotype, Genotype, genotype_from_data, write_genotype
+from search_spaces.genotype import AnyGenotype, Genotype, GenotypeError, genotype_from_data, write_genotype
 
 Tick = Callable[[float], None]
 
@@ -141,7 +141,10 @@ def model_folder(run: RunDirectory, model: str) -> Path:
 
 def found_genotype(run: RunDirectory) -> AnyGenotype:
     """The genotype the run searched for or was given."""
-    return genotype_from_data(run.needed("search")["genotype"])
+    try:
+        return genotype_from_data(run.needed("search")["genotype"])
+    except (KeyError, TypeError, GenotypeError) as error:
+        raise InputError(f"{run.path / 'search' / 'result.json'} is damaged: {error}") from None
 
 
 def _search(context: Context) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from search_spaces.layout import Layout
 SCHEMA = 1
 MAX_NODES = 64
 MAX_STAGES = 64
+MAX_DEPTH = 1024
+MAX_WIDTH = 16384
 
 
 class GenotypeError(ValueError):
@@ -110,6 +112,8 @@ class StageGenotype:
             raise GenotypeError(f"give as many depths as widths, 1 to {MAX_STAGES} of each")
         if min(self.depths) < 1 or min(self.widths) < 1:
             raise GenotypeError("depths and widths must be at least 1")
+        if max(self.depths) > MAX_DEPTH or max(self.widths) > MAX_WIDTH:
+            raise GenotypeError(f"a stage has at most {MAX_DEPTH} layers of at most {MAX_WIDTH} channels")
 
     def to_data(self) -> dict[str, Any]:
         """Plain lists and dictionaries, as written to JSON."""
@@ -128,9 +132,9 @@ def genotype_from_data(data: object) -> AnyGenotype:
     """The genotype in parsed JSON. Raises ``GenotypeError`` naming what is wrong; never anything else."""
     fields = _mapping(data, "a genotype")
     schema = fields.get("schema")
-    if schema != SCHEMA or isinstance(schema, bool):
+    if type(schema) is not int or schema != SCHEMA:
         raise GenotypeError(
-            f"genotype schema version {schema!r} is not known; this program reads version {SCHEMA} "
+            f"genotype schema version {_short(schema)} is not known; this program reads version {SCHEMA} "
             "(a newer version needs a newer program)"
         )
     space = _text(fields.get("space"), "'space'")
@@ -175,9 +179,11 @@ def read_genotype(path: Path) -> AnyGenotype:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise GenotypeError(f"cannot read genotype {path}: {reason}") from None
     try:
-        return genotype_from_data(json.loads(text))
-    except (json.JSONDecodeError, RecursionError) as error:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
         raise GenotypeError(f"{path} is not JSON ({error})") from None
+    try:
+        return genotype_from_data(data)
     except GenotypeError as error:
         raise GenotypeError(f"{path}: {error}") from None
 
@@ -198,7 +204,7 @@ def _cell(data: object, kind: str) -> Cell:
         edges = []
         for edge in node:
             if not (isinstance(edge, list) and len(edge) == 2 and isinstance(edge[0], str) and _is_integer(edge[1])):
-                raise GenotypeError(f"{where}: an edge must be an [operation, source] pair, not {str(edge)[:60]}")
+                raise GenotypeError(f"{where}: an edge must be an [operation, source] pair, not {_short(edge)}")
             edges.append(Edge(edge[0], edge[1]))
         nodes.append(tuple(edges))
     try:
@@ -226,7 +232,14 @@ def _text(value: object, what: str) -> str:
 
 
 def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def _short(value: object) -> str:
+    """``value`` for a message; containers and endless numbers, whose text may not exist, by their type."""
+    if isinstance(value, str | float | bool | None) or _is_integer(value):
+        return repr(value)[:60]
+    return f"a {type(value).__name__}"
 
 
 def _integers(value: object, what: str) -> tuple[int, ...]:

@@ -51,7 +51,9 @@ def tap_basis(
     """
     padding = padding_of(kernel, dilation)
     out_height, out_width = -(-height // stride), -(-width // stride)
-    basis = torch.zeros(kernel, kernel, height, width, out_height, out_width, dtype=dtype)
+    # It outlives this call: no inference tensor, and on the CPU whatever the default device is.
+    with torch.inference_mode(False):
+        basis = torch.zeros(kernel, kernel, height, width, out_height, out_width, dtype=dtype, device="cpu")
     for out_y in range(out_height):
         for out_x in range(out_width):
             for tap_y in range(kernel):

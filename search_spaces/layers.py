@@ -89,7 +89,11 @@ def constant_weights(model: nn.Module) -> Iterator[None]:
 
 
 def _hooked_inside(module: nn.Module) -> bool:
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules() if part is not module)
+    return any(
+        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+        for part in module.modules()
+        if part is not module
+    )
 
 
 def separable_stage(

@@ -72,6 +72,12 @@ class Layout:
                 f"{cells} cells are too few for {len(self.sections)} sections ({'-'.join(self.sections)}): "
                 f"give at least {self.minimum_cells}"
             )
+        if not self._complete(cells):
+            # Above the minimum, too: 5 sections A-A-B-A-A of 8 cells leave none to B.
+            enough = next(count for count in range(cells, 4096) if self._complete(count))
+            raise ValueError(
+                f"{cells} cells leave a section of {'-'.join(self.sections)} without a cell of its kind: give {enough}"
+            )
         if channels < 1:
             raise ValueError(f"channels must be at least 1, not {channels}")
         reductions = self.reductions(cells)

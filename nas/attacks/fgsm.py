@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from nas.attacks.gradient import check_loss, clean_logits_for, input_gradient
+from nas.attacks.gradient import check_loss, check_start, input_gradient
 from nas.model_state import crafting
 from nas.threat_model import ThreatModel
 
@@ -26,14 +26,14 @@ class Fgsm:
 
     def __post_init__(self) -> None:
         check_loss(self.loss)
+        check_start(self.loss, random_start=False)
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator) -> Tensor:
         """Adversarial images [N, C, H, W] for images ``x`` and labels ``y`` [N]; nothing is drawn at random."""
         del generator
         threat_model = self.threat_model
         with crafting(model, batch_statistics=self.statistics == "batch"):
-            clean_logits = clean_logits_for(self.loss, model, x)
-            gradient, _, _ = input_gradient(model, x, y, self.loss, clean_logits)
+            gradient, _, _ = input_gradient(model, x, y, self.loss, None)
         return threat_model.project(x + threat_model.epsilon * threat_model.geometry.steepest(gradient), x)
 
     def __str__(self) -> str:

@@ -15,6 +15,15 @@ def check_loss(name: str) -> None:
         raise InputError(f"unknown attack loss '{name}': {nearest(name, LOSSES)}")
 
 
+def check_start(loss: str, random_start: bool) -> None:
+    """Raise ``InputError`` for a loss that has its minimum at the clean images where the attack starts there."""
+    if loss in NEEDS_CLEAN_LOGITS and not random_start:
+        raise InputError(
+            f"attack loss '{loss}' compares with the clean images and has no gradient there: give an attack with a "
+            "random start"
+        )
+
+
 def clean_logits_for(loss: str, model: nn.Module, x: Tensor) -> Tensor | None:
     """Logits of the clean images where ``loss`` compares with them."""
     if loss not in NEEDS_CLEAN_LOGITS:

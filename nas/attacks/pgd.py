@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from nas.attacks.gradient import check_loss, clean_logits_for, input_gradient
+from nas.attacks.gradient import check_loss, check_start, clean_logits_for, input_gradient
 from nas.attacks.losses import LOSSES
 from nas.errors import InputError
 from nas.model_state import crafting
@@ -34,6 +34,7 @@ class Pgd:
 
     def __post_init__(self) -> None:
         check_loss(self.loss)
+        check_start(self.loss, self.random_start)
         if self.steps < 1:
             raise InputError(f"attack steps must be at least 1, not {self.steps}")
         if not self.step_size >= 0:

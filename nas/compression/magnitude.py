@@ -42,7 +42,7 @@ class MagnitudePruning:
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
-            raise InputError(f"compress.keep must be above 0 and at most 1, not {self.keep}")
+            raise InputError(f"keep must be above 0 and at most 1, not {self.keep}")
 
     def plan(self, model: nn.Module) -> Plan:
         """Which weights of ``model`` stay."""
@@ -84,12 +84,12 @@ class MagnitudePruning:
                 raise InputError(f"the plan is for another network: there is no layer '{layer_plan.name}'")
             if layer_plan.action != "masked":
                 continue
-            mask = _unpack(layer_plan).to(layer.weight.device)
-            if mask.shape != layer.weight.shape:
+            shape = list(layer.weight.shape)
+            if layer_plan.data.get("shape") != shape:
                 raise InputError(
-                    f"the plan is for another network: '{layer_plan.name}' has shape {tuple(layer.weight.shape)}, "
-                    f"the mask {tuple(mask.shape)}"
+                    f"the plan is for another network: '{layer_plan.name}' has shape {shape}, its mask another one"
                 )
+            mask = _unpack(layer_plan, layer.weight.shape).to(layer.weight.device)
             parametrize.register_parametrization(layer, "weight", Mask(mask.to(layer.weight.dtype)))
         return compressed
 
@@ -129,12 +129,14 @@ def _pack(mask: Tensor) -> str:
     return base64.b64encode(zlib.compress(bits.tobytes(), 9)).decode()
 
 
-def _unpack(layer: LayerPlan) -> Tensor:
+def _unpack(layer: LayerPlan, shape: torch.Size) -> Tensor:
     try:
-        shape = torch.Size(layer.data["shape"])
         count = shape.numel()
-        # The size is known beforehand: a bomb cannot unfold beyond it.
-        unfolded = zlib.decompressobj().decompress(base64.b64decode(layer.data["mask"], validate=True), count // 8 + 2)
+        # The size is known from the network: a bomb cannot unfold beyond it. A stream of another length is damaged.
+        stream = zlib.decompressobj()
+        unfolded = stream.decompress(base64.b64decode(layer.data["mask"], validate=True), count // 8 + 2)
+        if not stream.eof or len(unfolded) != (count + 7) // 8:
+            raise ValueError("not the length of the mask")
         bits = np.unpackbits(np.frombuffer(unfolded, np.uint8), count=count)
         return torch.from_numpy(bits.astype(bool)).view(shape)
     except (KeyError, TypeError, ValueError, RuntimeError, zlib.error):

@@ -10,4 +10,5 @@ def wilson(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float,
     share = successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # The ends are exact where rounding would put them beside the share itself.
+    return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)

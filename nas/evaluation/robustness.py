@@ -85,20 +85,21 @@ def evaluate(
         raise InputError(
             f"{len(x)} images and {len(y)} labels: an evaluation needs the same number of both, at least 1"
         )
-    if not x.is_floating_point() or float(x.min()) < 0 or float(x.max()) > 1:
+    if not x.is_floating_point() or not (float(x.min()) >= 0 and float(x.max()) <= 1):  # NaN is neither
         raise InputError("images must be floating point with pixels in [0, 1]; normalisation belongs inside the model")
+    natural: Tensor | None = None
     masks: dict[str, Tensor] = {}
     done = 0
     if progress_file is not None and progress_file.exists():
         tree = read_tree(progress_file, x.device)
-        masks, done = tree["masks"], tree["done"]
+        natural, masks, done = tree["natural"], tree["masks"], tree["done"]
     with evaluating(model):
-        if "natural" not in masks:
-            masks["natural"] = _correct(model, x, y, batch_size)
+        if natural is None:
+            natural = _correct(model, x, y, batch_size)
         total = sum(trial.restarts for trial in trials.values())
         unit = 0
         for name, trial in trials.items():
-            survivors = masks.get(name, masks["natural"].clone())
+            survivors = masks.get(name, natural)
             for restart in range(trial.restarts):
                 unit += 1
                 if unit <= done:
@@ -106,16 +107,21 @@ def evaluate(
                 survivors = _attacked(model, x, y, survivors, trial.attack, name, restart, seed, batch_size)
                 masks[name] = survivors
                 if progress_file is not None:
-                    write_tree({"masks": masks, "done": unit}, progress_file)
+                    write_tree({"natural": natural, "masks": masks, "done": unit}, progress_file)
                 tick(unit / total)
     attacks = {name: masks[name] for name in trials}
-    return Evaluation(masks["natural"], attacks, {name: str(trial) for name, trial in trials.items()})
+    return Evaluation(natural, attacks, {name: str(trial) for name, trial in trials.items()})
 
 
 def _correct(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
     with torch.no_grad():
-        parts = [model(part).argmax(1) for part in x.split(batch_size)]
-    return torch.cat(parts) == y
+        pairs = zip(x.split(batch_size), y.split(batch_size), strict=True)
+        return torch.cat([_right(model(images), labels) for images, labels in pairs])
+
+
+def _right(logits: Tensor, y: Tensor) -> Tensor:
+    """Which samples are classified as ``y``. The argmax of NaN is the place of the NaN, and no answer."""
+    return (logits.argmax(1) == y) & ~logits.isnan().any(1)
 
 
 def _attacked(
@@ -135,5 +141,5 @@ def _attacked(
     for rows in survivors.nonzero().squeeze(1).split(batch_size):
         x_adv = attack(model, x[rows], y[rows], generator=randomness)
         with torch.no_grad():
-            survivors[rows] = model(x_adv).argmax(1) == y[rows]
+            survivors[rows] = _right(model(x_adv), y[rows])
     return survivors

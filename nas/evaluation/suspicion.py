@@ -66,6 +66,7 @@ def suspicions(
             )
         )
         checks += _strength(model, x, y, right, threat_model, worst, seed)
+        checks.append(_another_loss(model, x, y, evaluation.worst_case[: len(x)], threat_model, seed))
     return checks
 
 
@@ -101,6 +102,22 @@ def _strength(
             f"accuracy {wide:.1%} under PGD-20 with twice the epsilon, {worst:.1%} under all attacks at epsilon",
         ),
     ]
+
+
+def _another_loss(
+    model: nn.Module, x: Tensor, y: Tensor, robust: Tensor, threat_model: ThreatModel, seed: int
+) -> Check:
+    """Whether the margin loss, which saturated logits do not flatten, breaks what the evaluation counts as robust."""
+    attack = Pgd(threat_model, steps=20, keep="best", loss="margin")
+    x_adv = attack(model, x, y, generator=generator(seed, "suspicion margin", device=x.device))
+    with torch.no_grad():
+        broken = robust & (model(x_adv).argmax(1) != y)
+    share = float(broken.double().mean())
+    return Check(
+        "margin loss",
+        _grade(share, 0.05, 0.08),
+        f"{share:.1%} of the samples withstood the attacks but fall to PGD-20 on the margin of the logits",
+    )
 
 
 def _unbounded(threat_model: ThreatModel) -> Pgd:

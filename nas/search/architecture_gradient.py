@@ -61,7 +61,8 @@ class Unrolled:
     ) -> list[Tensor]:
         """One flat gradient [architecture parameters] per objective."""
         weights, architecture = supernet.weight_parameters(), supernet.architecture_parameters()
-        gradients = torch.autograd.grad(weight_loss(), weights)
+        # A space without (twice repeated) convolutions has weights of no elements, which no loss uses.
+        gradients = torch.autograd.grad(weight_loss(), weights, materialize_grads=True)
         virtual = []
         for weight, gradient, buffer in zip(weights, gradients, step.buffers, strict=True):
             update = gradient + step.weight_decay * weight.detach()
@@ -71,7 +72,7 @@ class Unrolled:
         direct, vectors = [], []
         with _shifted(weights, virtual):
             for objective in objectives:
-                both = torch.autograd.grad(objective(), [*architecture, *weights])
+                both = torch.autograd.grad(objective(), [*architecture, *weights], materialize_grads=True)
                 direct.append(_flat(both[: len(architecture)]))
                 vectors.append(both[len(architecture) :])
         return [
@@ -84,7 +85,7 @@ class Unrolled:
     ) -> Tensor:
         """d/d(architecture) of (grad_w loss . vector), at the present weights."""
         if self.hessian == "exact":
-            gradients = torch.autograd.grad(loss(), weights, create_graph=True)
+            gradients = torch.autograd.grad(loss(), weights, create_graph=True, materialize_grads=True)
             product = torch.stack([(g * v).sum() for g, v in zip(gradients, vector, strict=True)]).sum()
             return _flat(torch.autograd.grad(product, architecture))
         length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(vector))))

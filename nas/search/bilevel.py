@@ -144,6 +144,8 @@ def search(
     weight_objective is what the weights minimise, ``objectives`` what a stage may name; ``attack`` judges the supernet
     after each epoch. Resumes from ``checkpoint`` to the same result. Raises ``Diverged`` for a non-finite loss.
     """
+    if len(split.weights) == 0 or len(split.architecture) == 0:
+        raise InputError("no images for the architecture or none for the weights: set data.architecture above 0")
     device = data.x_train.device
     for stage in settings.stages:
         for name in stage.objectives:

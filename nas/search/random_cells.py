@@ -31,11 +31,13 @@ def random_cells(
     found: list[tuple[Genotype, int]] = []
     for _ in range(draws):
         if len(found) == count:
-            return found
+            break
         genotype = space.random(generator)
         channels, size = fit(genotype)
         if abs(size - target) <= tolerance * target and genotype not in [other for other, _ in found]:
             found.append((genotype, channels))
+    if len(found) == count:
+        return found
     raise InputError(
         f"only {len(found)} of {count} random cells within {tolerance:.0%} of {target} parameters were found in "
         f"{draws} draws: raise baselines.tolerance or lower baselines.random"

@@ -77,6 +77,8 @@ def train(
     to the same result. ``log`` gets each epoch's record, ``history`` once all records so far, ``tick`` the progress.
     Raises ``Diverged`` when a loss is not finite; the checkpoint then holds the last good epoch.
     """
+    if len(split.validation) == 0:
+        raise InputError("no validation images to choose a checkpoint by: set data.validation above 0")
     device = data.x_train.device
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = training.optimiser.optimiser(parameters)
