@@ -334,7 +334,7 @@ def test_search_then_train_by_the_commands_it_prints(recipe_file: Path, quick: N
     # The setting of the search is one of the recipe, and goes on to the training.
     assert len(results["models"][0]["training"]) == 2
     _, attack, _ = commands_after(trained.out)
-    assert nas(*attack[1:]).status == 0
+    assert nas(*attack[1:], "--set", "steps=1").status == 0
 
 
 def test_search_as_json(recipe_file: Path, tmp_path: Path) -> None:
