@@ -116,7 +116,7 @@ device = "cpu"
 [data]
 name = "arrays"
 path = {path}
-validation = 0.25
+validation = 0.5
 
 [threat_model]
 epsilon = 0.04
