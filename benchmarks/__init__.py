@@ -1,0 +1,1 @@
+"""Speed and scale, measured as ratios against a baseline; ``results/`` holds what was measured, with its command."""
