@@ -149,6 +149,7 @@ def _start(
         device_of(built.general.device)
         if isinstance(genotype, Genotype):
             check_size("train", genotype.layout, built.train.cells, built.train.channels or 1)
+        _prepare_kernels()
         directory = create(out or default_path(built.general.name), command, table, data)
     progress_console = error_console if as_json else out_console
     if not as_json:
@@ -157,6 +158,17 @@ def _start(
         carry_out(directory, observer)
     again = [recipe or directory.table["name"], *(f"--set={item}" for item in overrides or [])]
     _conclude(directory, as_json, again + ([f"--seed={seed}"] if seed is not None else []))
+
+
+def _prepare_kernels() -> None:
+    """Compile the CPU's kernels where that was not done before, and say so; or say why they cannot be had."""
+    from search_spaces.native import library
+
+    if not library.is_compiled():
+        error_console.print("compiling the kernels for this processor, once (about 15 s)", highlight=False)
+    if reason := library.why_not():
+        note = f"note: without its kernels a search on the CPU is several times slower: {reason}"
+        error_console.print(note, markup=False, highlight=False)
 
 
 @contextmanager

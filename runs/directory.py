@@ -27,6 +27,7 @@ import torch
 
 from nas.errors import InputError
 from nas.tensor_file import write_text
+from search_spaces.native.library import why_not
 
 SCHEMA = 1
 
@@ -161,6 +162,7 @@ def environment() -> dict[str, str]:
         "cpu_cores": str(os.cpu_count()),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": cuda,
+        "native_kernels": why_not() or "yes",
     }
 
 

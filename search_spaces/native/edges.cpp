@@ -68,7 +68,12 @@ struct Arena {
     ~Arena() {
         for (char *b : blocks) std::free(b);
     }
-    void reset() { block = 0, used = 0; }
+    struct Mark {
+        size_t block, used;
+    };
+    Mark mark() const { return {block, used}; }
+    void release(Mark m) { block = m.block, used = m.used; }
+    void reset() { release({0, 0}); }
     template <class T> T *take(size_t count) {
         size_t bytes = (count * sizeof(T) + 255) / 256 * 256;
         while (block < blocks.size() && used + bytes > sizes[block]) ++block, used = 0;
@@ -109,13 +114,14 @@ template <class T, int L> struct Kernel {
         return v <= V{} ? V{} : v;
     }
 
+    // A tap of a kernel: where it reads, and which of the kernel's weights it multiplies with.
     struct Tap {
         int64_t offset;
-        T weight;
+        int64_t index;
     };
 
     Edges &e;
-    int64_t C, D, H, W, N, Ho, Wo, S, G;  // D: output channels; G: groups, one for each op and edge
+    int64_t C, D, H, W, N, Ho, Wo, S, G;  // D: output channels; G: groups (an op on an edge), edge by edge
     int64_t row, row_out, plane, plane_out, map_out, count;
     int64_t pad, wide, padded;            // activated input: columns on each side, row length, plane
     int64_t pad2, wide2, padded2;         // the same for maps of the output's size
@@ -155,57 +161,57 @@ template <class T, int L> struct Kernel {
 
     // --- small loops
 
-    template <int B> static inline void accumulate(const T *const *at, const Tap *taps, int n, V *acc) {
+    template <int B> static inline void accumulate(const T *const *at, const T *kernel, const Tap *taps, int n, V *acc) {
         for (int k = 0; k < n; ++k) {
-            V w = splat(taps[k].weight);
+            V w = splat(kernel[taps[k].index]);
             for (int j = 0; j < B; ++j) acc[j] += w * load(at[j] + taps[k].offset);
         }
     }
 
-    template <int B> static inline void accumulate_row(const T *at, const Tap *taps, int n, V *acc) {
+    template <int B> static inline void accumulate_row(const T *at, const T *kernel, const Tap *taps, int n, V *acc) {
         for (int k = 0; k < n; ++k) {
-            V w = splat(taps[k].weight);
+            V w = splat(kernel[taps[k].index]);
             const T *p = at + taps[k].offset;
             for (int j = 0; j < B; ++j) acc[j] += w * load(p + j * L);
         }
     }
 
     // destination[i] = sum over taps of weight * source[i + offset], for n contiguous numbers.
-    static void taps_row(const T *source, const Tap *taps, int n_taps, T *destination, int64_t n) {
+    static void taps_row(const T *source, const T *kernel, const Tap *taps, int n_taps, T *destination, int64_t n) {
         int64_t i = 0;
         for (; i + 8 * L <= n; i += 8 * L) {
             V acc[8] = {};
-            accumulate_row<8>(source + i, taps, n_taps, acc);
+            accumulate_row<8>(source + i, kernel, taps, n_taps, acc);
             for (int j = 0; j < 8; ++j) store(destination + i + j * L, acc[j]);
         }
         for (; i + 4 * L <= n; i += 4 * L) {
             V acc[4] = {};
-            accumulate_row<4>(source + i, taps, n_taps, acc);
+            accumulate_row<4>(source + i, kernel, taps, n_taps, acc);
             for (int j = 0; j < 4; ++j) store(destination + i + j * L, acc[j]);
         }
         for (; i < n; i += L) {
             V acc[1] = {};
-            accumulate_row<1>(source + i, taps, n_taps, acc);
+            accumulate_row<1>(source + i, kernel, taps, n_taps, acc);
             store(destination + i, acc[0]);
         }
     }
 
     // The same where neighbouring pixels of the destination lie `step` pixels apart in the source.
-    void taps_strided(const T *source, int64_t step, const Tap *taps, int n_taps, T *destination, int64_t from,
-                      int64_t n) const {
+    void taps_strided(const T *source, int64_t step, const T *kernel, const Tap *taps, int n_taps, T *destination,
+                      int64_t from, int64_t n) const {
         int64_t i = 0;
         const T *at[8];
         auto address = [&](int64_t flat) { return source + flat / N * step * N + flat % N; };
         for (; i + 8 * L <= n; i += 8 * L) {
             V acc[8] = {};
             for (int j = 0; j < 8; ++j) at[j] = address(from + i + j * L);
-            accumulate<8>(at, taps, n_taps, acc);
+            accumulate<8>(at, kernel, taps, n_taps, acc);
             for (int j = 0; j < 8; ++j) store(destination + i + j * L, acc[j]);
         }
         for (; i < n; i += L) {
             V acc[1] = {};
             at[0] = address(from + i);
-            accumulate<1>(at, taps, n_taps, acc);
+            accumulate<1>(at, kernel, taps, n_taps, acc);
             store(destination + i, acc[0]);
         }
     }
@@ -282,7 +288,7 @@ template <class T, int L> struct Kernel {
     int64_t pieces(int64_t channels) const { return (row_out + piece(channels) - 1) / piece(channels); }
 
     // The taps of a depthwise convolution for output row y: offsets in the activated input, whose rows are `length` long.
-    int taps_of(const T *kernel, const Op &op, int64_t y, int64_t stride, int64_t height, int64_t width, int64_t length,
+    int taps_of(const Op &op, int64_t y, int64_t stride, int64_t height, int64_t width, int64_t length,
                 int64_t margin, Tap *taps) const {
         int n = 0;
         int64_t K = op.kernel, d = op.dilation, p = padding(op);
@@ -292,7 +298,7 @@ template <class T, int L> struct Kernel {
             for (int64_t kx = 0; kx < K; ++kx) {
                 int64_t shift = kx * d - p;
                 if (shift <= -width || shift >= width) continue;
-                taps[n++] = {in_y * length + (shift + margin) * N, kernel[ky * K + kx]};
+                taps[n++] = {in_y * length + (shift + margin) * N, ky * K + kx};
             }
         }
         return n;
@@ -308,10 +314,11 @@ template <class T, int L> struct Kernel {
         }
         if (op.kind == HALVES) {
             for (int64_t half = 0; half < 2; ++half) {
-                Tap tap = {(2 * y + half) * wide + (half + pad) * N, T(1)};
+                Tap tap = {(2 * y + half) * wide + (half + pad) * N, 0};
+                T one = 1;
                 int taps = 2 * y + half < H ? 1 : 0;
                 for (int64_t c = 0; c < C; ++c)
-                    taps_strided(activated + c * padded, 2, &tap, taps, rows + (half * C + c) * stride, from, n);
+                    taps_strided(activated + c * padded, 2, &one, &tap, taps, rows + (half * C + c) * stride, from, n);
             }
             return;
         }
@@ -321,14 +328,13 @@ template <class T, int L> struct Kernel {
         bool strided = stage == 1 && S > 1;
         int64_t length = stage == 1 ? wide : wide2, margin = stage == 1 ? pad : pad2;
         int64_t size = stage == 1 ? padded : padded2;
+        int n_taps = taps_of(op, y, strided ? S : 1, stage == 1 ? H : Ho, stage == 1 ? W : Wo, length, margin, taps);
         for (int64_t c = 0; c < channels; ++c) {
-            int n_taps = taps_of(kernel + c * K2, op, y, strided ? S : 1, stage == 1 ? H : Ho, stage == 1 ? W : Wo, length,
-                                 margin, taps);
             const T *source = activated + c * size;
             if (strided)
-                taps_strided(source, S, taps, n_taps, rows + c * stride, from, n);
+                taps_strided(source, S, kernel + c * K2, taps, n_taps, rows + c * stride, from, n);
             else
-                taps_row(source + from, taps, n_taps, rows + c * stride, n);
+                taps_row(source + from, kernel + c * K2, taps, n_taps, rows + c * stride, n);
         }
     }
 
@@ -463,31 +469,37 @@ template <class T, int L> struct Kernel {
     void pool_backward_row(const Pool &pool, int64_t c, const T *g, int64_t y, T *g_x) const {
         typedef uint8_t B __attribute__((vector_size(L)));
         const uint8_t *taken = static_cast<const uint8_t *>(pool.taken) + c * plane_out;
-        for (int64_t ky = 0; ky < 3; ++ky) {
-            int64_t up = y + 1 - ky;
-            if (up < 0 || up % S || up / S >= Ho) continue;
-            int64_t oy = up / S;
-            int64_t tall = std::min(oy * S + 2, H) - std::max<int64_t>(oy * S - 1, 0);
-            for (int64_t x = 0; x < W; ++x)
+        T shares[10];
+        for (int i = 1; i < 10; ++i) shares[i] = T(1) / T(i);
+        for (int64_t x = 0; x < W; ++x) {
+            // The windows that hold this pixel: where their output lies, which place in them it has, how many they hold.
+            int64_t out[9], place[9], windows = 0;
+            T share[9];
+            for (int64_t ky = 0; ky < 3; ++ky) {
+                int64_t up = y + 1 - ky;
+                if (up < 0 || up % S || up / S >= Ho) continue;
+                int64_t tall = std::min(up + 2, H) - std::max<int64_t>(up - 1, 0);
                 for (int64_t kx = 0; kx < 3; ++kx) {
                     int64_t left = x + 1 - kx;
                     if (left < 0 || left % S || left / S >= Wo) continue;
-                    int64_t ox = left / S, out = (oy * Wo + ox) * N;
-                    int64_t broad = std::min(ox * S + 2, W) - std::max<int64_t>(ox * S - 1, 0);
-                    T share = T(1) / T(tall * broad);
-                    for (int64_t n = 0; n < N; n += L) {
-                        T *p = g_x + x * N + n;
-                        V v = load(g + out + n);
-                        if (pool.kind == MAX_POOL) {
-                            B bytes;
-                            std::memcpy(&bytes, taken + out + n, sizeof bytes);
-                            M here = __builtin_convertvector(bytes, M) == M{} + I(ky * 3 + kx);
-                            store(p, load(p) + (here ? v : V{}));
-                        } else {
-                            store(p, load(p) + v * share);
-                        }
+                    out[windows] = (up / S * Wo + left / S) * N, place[windows] = ky * 3 + kx;
+                    share[windows++] = shares[tall * (std::min(left + 2, W) - std::max<int64_t>(left - 1, 0))];
+                }
+            }
+            for (int64_t n = 0; n < N; n += L) {
+                V total = load(g_x + x * N + n);
+                for (int64_t i = 0; i < windows; ++i) {
+                    V v = load(g + out[i] + n);
+                    if (pool.kind == MAX_POOL) {
+                        B bytes;
+                        std::memcpy(&bytes, taken + out[i] + n, sizeof bytes);
+                        total += __builtin_convertvector(bytes, M) == M{} + I(place[i]) ? v : V{};
+                    } else {
+                        total += v * share[i];
                     }
                 }
+                store(g_x + x * N + n, total);
+            }
         }
     }
 
@@ -496,7 +508,7 @@ template <class T, int L> struct Kernel {
     void stage_forward(int stage, const T *activated, const std::vector<int64_t> &groups, int64_t group_size) {
         if (groups.empty()) return;
         int64_t widest = 0;
-        for (int64_t g : groups) widest = std::max(widest, stage == 1 ? depth(e.op[g / e.edges]) : D);
+        for (int64_t g : groups) widest = std::max(widest, stage == 1 ? depth(e.op[g % e.ops]) : D);
         int64_t n_pieces = pieces(widest), length = piece(widest), parts = Ho * n_pieces;
         Moments *moments_of = e.training ? take<Moments>(groups.size() * D * parts) : nullptr;
         int64_t tasks = int64_t(groups.size()) * Ho;
@@ -505,9 +517,10 @@ template <class T, int L> struct Kernel {
         #pragma omp parallel num_threads(e.threads)
         {
             T *rows = scratch[thread()];
-            #pragma omp for schedule(dynamic, 1)
+            #pragma omp for schedule(static)
             for (int64_t task = 0; task < tasks; ++task) {
-                int64_t i = task / Ho, y = task % Ho, o = groups[i] / e.edges, edge = groups[i] % e.edges;
+                // Rows of all groups one after another: a core finds in its cache what it wrote before.
+                int64_t i = task % int64_t(groups.size()), y = task / int64_t(groups.size()), o = groups[i] % e.ops, edge = groups[i] / e.ops;
                 const Op &op = e.op[o];
                 T *z = at(stage == 1 ? op.z1 : op.z2, edge * map_out + y * row_out);
                 for (int64_t part = 0; part < n_pieces; ++part) {
@@ -525,9 +538,9 @@ template <class T, int L> struct Kernel {
         }
         if (!e.training) return;
         for (size_t i = 0; i < groups.size(); ++i) {
-            const Op &op = e.op[groups[i] / e.edges];
+            const Op &op = e.op[groups[i] % e.ops];
             for (int64_t d = 0; d < D; ++d) {
-                int64_t channel = groups[i] % e.edges * D + d;
+                int64_t channel = groups[i] / e.ops * D + d;
                 join(moments_of + (i * D + d) * parts, parts, at(stage == 1 ? op.mean1 : op.mean2, channel),
                      at(stage == 1 ? op.rstd1 : op.rstd2, channel));
             }
@@ -536,10 +549,23 @@ template <class T, int L> struct Kernel {
 
     static int thread();
 
-    std::vector<int64_t> groups(bool repeated_only) const {
+    // Consecutive groups whose intermediate maps together stay in a second-level cache or two. The same whatever the
+    // number of threads, so that sums over groups are.
+    std::vector<std::vector<int64_t>> batches() const {
+        int64_t bytes = 4 * map_out * int64_t(sizeof(T)), cache = int64_t(3) << 20;
+        int64_t size = std::max<int64_t>(cache / bytes, 1);
+        std::vector<std::vector<int64_t>> found;
+        for (int64_t g = 0; g < G; ++g) {
+            if (g % size == 0) found.emplace_back();
+            found.back().push_back(g);
+        }
+        return found;
+    }
+
+    std::vector<int64_t> twice(const std::vector<int64_t> &groups) const {
         std::vector<int64_t> found;
-        for (int64_t g = 0; g < G; ++g)
-            if (!repeated_only || e.op[g / e.edges].repeats == 2) found.push_back(g);
+        for (int64_t g : groups)
+            if (e.op[g % e.ops].repeats == 2) found.push_back(g);
         return found;
     }
 
@@ -554,8 +580,8 @@ template <class T, int L> struct Kernel {
         T *middle = take<T>(repeated.size() * D * padded2);
         #pragma omp parallel for num_threads(e.threads) schedule(static)
         for (int64_t task = 0; task < int64_t(repeated.size()) * D; ++task) {
-            int64_t g = repeated[task / D], d = task % D, edge = g % e.edges;
-            const Op &op = e.op[g / e.edges];
+            int64_t g = repeated[task / D], d = task % D, edge = g / e.ops;
+            const Op &op = e.op[g % e.ops];
             T a, b;
             affine(op, 1, edge * D + d, &a, &b);
             activate(at(op.z1, edge * map_out + d * plane_out), a, b, true, Ho, row_out, pad2, middle + task * padded2);
@@ -564,12 +590,6 @@ template <class T, int L> struct Kernel {
     }
 
     void forward() {
-        std::vector<int64_t> all = groups(false), repeated = groups(true);
-        if (G) {
-            const T *activated = activated_input();
-            stage_forward(1, activated, all, 0);
-            if (!repeated.empty()) stage_forward(2, activated_middle(repeated), repeated, D * padded2);
-        }
         if (e.pools) {
             #pragma omp parallel for num_threads(e.threads) schedule(dynamic, 1)
             for (int64_t task = 0; task < e.pools * C; ++task) {
@@ -585,41 +605,60 @@ template <class T, int L> struct Kernel {
                 join(parts.data(), Ho, at(pool.mean, c), at(pool.rstd, c));
             }
         }
-        #pragma omp parallel for num_threads(e.threads) schedule(static)
-        for (int64_t task = 0; task < e.edges * D; ++task) mix(task / D, task % D);
+        if (!G) {
+            #pragma omp parallel for num_threads(e.threads) schedule(static)
+            for (int64_t task = 0; task < e.edges * D; ++task) mix(task / D, task % D, {}, true);
+            return;
+        }
+        const T *activated = activated_input();
+        for (const auto &batch : batches()) {
+            Arena::Mark mark = arena.mark();
+            std::vector<int64_t> repeated = twice(batch);
+            stage_forward(1, activated, batch, 0);
+            if (!repeated.empty()) stage_forward(2, activated_middle(repeated), repeated, D * padded2);
+            int64_t first = batch.front() / e.ops, edges = batch.back() / e.ops - first + 1;
+            #pragma omp parallel for num_threads(e.threads) schedule(static)
+            for (int64_t task = 0; task < edges * D; ++task) {
+                int64_t edge = first + task / D;
+                std::vector<int64_t> own;
+                for (int64_t g : batch)
+                    if (g / e.ops == edge) own.push_back(g);
+                mix(edge, task % D, own, own.front() % e.ops == 0);
+            }
+            arena.release(mark);
+        }
     }
 
-    // out of an edge (+)= sum over candidates of mixing weight * normalised map
-    void mix(int64_t edge, int64_t d) const {
-        std::vector<const T *> maps;
-        std::vector<T> factors;
-        T constant = 0;
-        for (int64_t o = 0; o < e.ops; ++o) {
-            const Op &op = e.op[o];
+    // out of an edge (+)= sum over ``groups`` of mixing weight * normalised map; begin: with what needs no convolution.
+    void mix(int64_t edge, int64_t d, const std::vector<int64_t> &groups, bool begin) const {
+        const T *maps[64];
+        T factors[64], constant = 0;
+        int n_maps = 0;
+        for (int64_t g : groups) {
+            const Op &op = e.op[g % e.ops];
             int stage = int(op.repeats);
-            T a, b, w = mixing(edge, o);
+            T a, b, w = mixing(edge, g % e.ops);
             affine(op, stage, edge * D + d, &a, &b);
-            maps.push_back(at(stage == 1 ? op.z1 : op.z2, edge * map_out + d * plane_out));
-            factors.push_back(w * a);
+            maps[n_maps] = at(stage == 1 ? op.z1 : op.z2, edge * map_out + d * plane_out);
+            factors[n_maps++] = w * a;
             constant += w * b;
         }
-        for (int64_t i = 0; i < e.pools; ++i) {
+        for (int64_t i = 0; begin && i < e.pools; ++i) {
             const Pool &pool = e.pool[i];
             T w = mixing(edge, e.ops + i), r = value(pool.rstd, d, 1);
-            maps.push_back(at(pool.z, d * plane_out));
-            factors.push_back(w * r);
+            maps[n_maps] = at(pool.z, d * plane_out);
+            factors[n_maps++] = w * r;
             constant -= w * r * value(pool.mean, d, 0);
         }
-        if (e.skip) {
-            maps.push_back(at(e.x, d * plane));
-            factors.push_back(mixing(edge, e.ops + e.pools));
+        if (begin && e.skip) {
+            maps[n_maps] = at(e.x, d * plane);
+            factors[n_maps++] = mixing(edge, e.ops + e.pools);
         }
         T *out = at(e.out[edge], d * plane_out);
-        bool add = e.add[edge];
-        size_t n_maps = maps.size();
+        bool add = e.add[edge] || !begin;
         for (int64_t i = 0; i < plane_out; i += L) {
             V total = add ? load(out + i) + constant : splat(constant);
-            for (size_t m = 0; m < n_maps; ++m) total += factors[m] * load(maps[m] + i);
+            for (int m = 0; m < n_maps; ++m) total += factors[m] * load(maps[m] + i);
             store(out + i, total);
         }
     }
@@ -650,7 +689,8 @@ template <class T, int L> struct Kernel {
             }
             s += sum(vs), p += sum(vp);
         }
-        *gradients = s, *products = p;
+        *gradients = s;
+        if (products) *products = p;
     }
 
     struct StageBackward {
@@ -668,7 +708,7 @@ template <class T, int L> struct Kernel {
         int64_t n_groups = int64_t(b.groups.size()), widest = D, total = 0;
         b.t_at.resize(n_groups);
         for (int64_t i = 0; i < n_groups; ++i) {
-            int64_t channels = stage == 1 ? depth(e.op[b.groups[i] / e.edges]) : D;
+            int64_t channels = stage == 1 ? depth(e.op[b.groups[i] % e.ops]) : D;
             widest = std::max(widest, channels);
             b.t_at[i] = total, total += channels * padded2;
         }
@@ -679,7 +719,7 @@ template <class T, int L> struct Kernel {
         std::vector<double *> partial(n_groups, nullptr);
         if (e.weights)
             for (int64_t i = 0; i < n_groups; ++i) {
-                const Op &op = e.op[b.groups[i] / e.edges];
+                const Op &op = e.op[b.groups[i] % e.ops];
                 int64_t k = op.kind == HALVES || stage == 1 ? C : D;
                 partial[i] = take<double>(blocks * D * k);
                 std::memset(partial[i], 0, blocks * D * k * sizeof(double));
@@ -687,10 +727,10 @@ template <class T, int L> struct Kernel {
         #pragma omp parallel num_threads(e.threads)
         {
             T *dz = scratch[thread()], *rows = dz + widest * length;
-            #pragma omp for schedule(dynamic, 1)
+            #pragma omp for schedule(static)
             for (int64_t task = 0; task < n_groups * blocks; ++task) {
-                int64_t i = task / blocks, block = task % blocks, g = b.groups[i], edge = g % e.edges;
-                const Op &op = e.op[g / e.edges];
+                int64_t i = task % n_groups, block = task / n_groups, g = b.groups[i], edge = g / e.ops;
+                const Op &op = e.op[g % e.ops];
                 int64_t channels = stage == 1 ? depth(op) : D;
                 const T *z = at(stage == 1 ? op.z1 : op.z2, edge * map_out);
                 T *t = b.t + b.t_at[i];
@@ -726,8 +766,8 @@ template <class T, int L> struct Kernel {
         }
         if (!e.weights) return;
         for (int64_t i = 0; i < n_groups; ++i) {
-            const Op &op = e.op[b.groups[i] / e.edges];
-            int64_t edge = b.groups[i] % e.edges, k = op.kind == HALVES || stage == 1 ? C : D;
+            const Op &op = e.op[b.groups[i] % e.ops];
+            int64_t edge = b.groups[i] / e.ops, k = op.kind == HALVES || stage == 1 ? C : D;
             for (int64_t j = 0; j < D * k; ++j) {
                 double s = 0;
                 for (int64_t block = 0; block < blocks; ++block) s += partial[i][block * D * k + j];
@@ -742,8 +782,8 @@ template <class T, int L> struct Kernel {
         int64_t channels = stage == 1 ? C : D;
         #pragma omp parallel for num_threads(e.threads) schedule(dynamic, 1)
         for (int64_t task = 0; task < n_groups * channels; ++task) {
-            int64_t i = task / channels, c = task % channels, edge = b.groups[i] % e.edges;
-            const Op &op = e.op[b.groups[i] / e.edges];
+            int64_t i = task / channels, c = task % channels, edge = b.groups[i] / e.ops;
+            const Op &op = e.op[b.groups[i] % e.ops];
             if (op.kind != DEPTHWISE) continue;
             int64_t K2 = op.kernel * op.kernel;
             T *gradient = at(stage == 1 ? op.g_depthwise1 : op.g_depthwise2, (edge * channels + c) * K2);
@@ -782,7 +822,7 @@ template <class T, int L> struct Kernel {
     }
 
     // Taps of the transposed depthwise convolution at stride 1 for row y of its result.
-    int taps_back(const T *kernel, const Op &op, int64_t y, int64_t height, int64_t width, Tap *taps) const {
+    int taps_back(const Op &op, int64_t y, int64_t height, int64_t width, Tap *taps) const {
         int n = 0;
         int64_t K = op.kernel, d = op.dilation, p = padding(op);
         for (int64_t ky = 0; ky < K; ++ky) {
@@ -791,86 +831,120 @@ template <class T, int L> struct Kernel {
             for (int64_t kx = 0; kx < K; ++kx) {
                 int64_t shift = p - kx * d;
                 if (shift <= -width || shift >= width) continue;
-                taps[n++] = {out_y * wide2 + (shift + pad2) * N, kernel[ky * K + kx]};
+                taps[n++] = {out_y * wide2 + (shift + pad2) * N, ky * K + kx};
             }
         }
         return n;
     }
 
     void backward() {
-        std::vector<int64_t> all = groups(false), repeated = groups(true);
-        // Sums of each edge's gradient, alone and with each candidate's map.
-        int64_t terms = columns;
-        double *gradients = take<double>(e.edges * D), *products = take<double>(e.edges * D * terms);
-        #pragma omp parallel for num_threads(e.threads) schedule(static)
-        for (int64_t task = 0; task < e.edges * D; ++task) {
-            int64_t edge = task / D, d = task % D;
-            const T *g = static_cast<const T *>(e.g_out[edge]) + d * plane_out;
-            double *p = products + task * terms;
-            gradients[task] = 0;
-            for (int64_t o = 0; o < e.ops; ++o) {
-                const Op &op = e.op[o];
-                const T *z = at(op.repeats == 1 ? op.z1 : op.z2, edge * map_out + d * plane_out);
-                sums(g, z, plane_out, row_out, gradients + task, p + o);
+        // Sums of each edge's gradient, alone and with each candidate's map, over images and pixels.
+        double *gradients = take<double>(e.edges * D), *products = take<double>(e.edges * D * columns);
+        T *g_active = G && e.g_x ? take<T>(C * plane) : nullptr;
+        shared_sums(gradients, products);
+        const T *activated = G && e.weights ? activated_input() : nullptr;
+        bool first = true;
+        for (const auto &batch : batches()) {
+            Arena::Mark mark = arena.mark();
+            StageBackward stage1;
+            stage1.groups = batch, stage1.group_size = 0, stage1.activated = activated;
+            stage1.lines.resize(batch.size() * D);
+            for (int64_t g : batch) stage1.gradient.push_back(static_cast<const T *>(e.g_out[g / e.ops]));
+            group_sums(batch, gradients, products);
+            for (size_t i = 0; i < batch.size(); ++i) last_lines(batch[i], gradients, products, &stage1.lines[i * D]);
+            if (e.g_x || e.weights) {
+                second_stage(stage1);
+                stage_backward(1, stage1);
+                if (e.g_x) add_input_gradient(stage1, g_active, first);
             }
-            for (int64_t i = 0; i < e.pools; ++i)
-                sums(g, at(e.pool[i].z, d * plane_out), plane_out, row_out, gradients + task, p + e.ops + i);
-            if (e.skip) sums(g, at(e.x, d * plane), plane_out, row_out, gradients + task, p + e.ops + e.pools);
+            first = false;
+            arena.release(mark);
         }
-        // From products with z to products with the normalised z.
         double *g_mixing = static_cast<double *>(e.g_mixing);
-        auto normalised = [](double product, double gradient, double mean, double rstd) {
-            return (product - mean * gradient) * rstd;
-        };
-        std::vector<Line> final_lines(G * D);
         for (int64_t edge = 0; edge < e.edges; ++edge)
             for (int64_t column = 0; column < columns; ++column) {
                 double total = 0;
                 for (int64_t d = 0; d < D; ++d) {
-                    int64_t channel = edge * D + d;
-                    double gradient = gradients[channel];
-                    double &product = products[channel * terms + column];
+                    double product = products[(edge * D + d) * columns + column];
+                    T scale = 1, shift = 0;
                     if (column < e.ops) {
                         const Op &op = e.op[column];
-                        bool once = op.repeats == 1;
-                        T mean = *at(once ? op.mean1 : op.mean2, channel), rstd = *at(once ? op.rstd1 : op.rstd2, channel);
-                        product = normalised(product, gradient, mean, rstd);
-                        T scale = value(once ? op.scale1 : op.scale2, channel, 1);
-                        T shift = value(once ? op.shift1 : op.shift2, channel, 0), w = mixing(edge, column);
-                        total += scale * product + shift * gradient;
-                        final_lines[(column * e.edges + edge) * D + d] =
-                            through_norm(w * scale, mean, rstd, gradient, product);
-                        if (e.weights && (once ? op.g_scale1 : op.g_scale2)) {
-                            *at(once ? op.g_scale1 : op.g_scale2, channel) = T(w * product);
-                            *at(once ? op.g_shift1 : op.g_shift2, channel) = T(w * gradient);
-                        }
-                    } else if (column < e.ops + e.pools) {
-                        const Pool &pool = e.pool[column - e.ops];
-                        product = normalised(product, gradient, value(pool.mean, d, 0), value(pool.rstd, d, 1));
-                        total += product;
-                    } else {
-                        total += product;
+                        scale = value(op.repeats == 1 ? op.scale1 : op.scale2, edge * D + d, 1);
+                        shift = value(op.repeats == 1 ? op.shift1 : op.shift2, edge * D + d, 0);
                     }
+                    total += scale * product + shift * gradients[edge * D + d];
                 }
                 if (g_mixing) g_mixing[edge * columns + column] = total;
             }
-        if (!e.g_x && !e.weights) return;
+        if (e.g_x) finish_input_gradient(g_active, gradients, products);
+    }
 
-        StageBackward stage1;
-        stage1.groups = all;
-        stage1.gradient.resize(G), stage1.lines.resize(G * D);
-        for (int64_t g = 0; g < G; ++g) {
-            stage1.gradient[g] = static_cast<const T *>(e.g_out[g % e.edges]);
-            for (int64_t d = 0; d < D; ++d) stage1.lines[g * D + d] = final_lines[g * D + d];
-        }
-        if (!repeated.empty()) second_stage(repeated, final_lines, stage1);
-        if (G) {
-            stage1.group_size = 0;
-            stage1.activated = e.weights ? activated_input() : nullptr;
-            stage_backward(1, stage1);
-        }
-        if (!e.g_x) return;
+    static double normalised(double product, double gradient, double mean, double rstd) {
+        return (product - mean * gradient) * rstd;
+    }
 
+    // Sums with the maps that all edges share.
+    void shared_sums(double *gradients, double *products) const {
+        #pragma omp parallel for num_threads(e.threads) schedule(static)
+        for (int64_t task = 0; task < e.edges * D; ++task) {
+            int64_t d = task % D;
+            const T *g = static_cast<const T *>(e.g_out[task / D]) + d * plane_out;
+            double *p = products + task * columns + e.ops;
+            if (!e.pools && !e.skip) sums(g, g, plane_out, row_out, gradients + task, nullptr);
+            for (int64_t i = 0; i < e.pools; ++i) {
+                const Pool &pool = e.pool[i];
+                sums(g, at(pool.z, d * plane_out), plane_out, row_out, gradients + task, p + i);
+                p[i] = normalised(p[i], gradients[task], value(pool.mean, d, 0), value(pool.rstd, d, 1));
+            }
+            if (e.skip) sums(g, at(e.x, d * plane), plane_out, row_out, gradients + task, p + e.pools);
+        }
+    }
+
+    void group_sums(const std::vector<int64_t> &batch, const double *gradients, double *products) const {
+        #pragma omp parallel for num_threads(e.threads) schedule(static)
+        for (int64_t task = 0; task < int64_t(batch.size()) * D; ++task) {
+            int64_t g = batch[task / D], d = task % D, edge = g / e.ops, channel = edge * D + d;
+            const Op &op = e.op[g % e.ops];
+            bool once = op.repeats == 1;
+            double *p = products + channel * columns + g % e.ops, gradient;
+            sums(static_cast<const T *>(e.g_out[edge]) + d * plane_out,
+                 at(once ? op.z1 : op.z2, edge * map_out + d * plane_out), plane_out, row_out, &gradient, p);
+            *p = normalised(*p, gradients[channel], *at(once ? op.mean1 : op.mean2, channel),
+                            *at(once ? op.rstd1 : op.rstd2, channel));
+        }
+    }
+
+    // Gradients with respect to the input of a group's last normalisation, and of its affine part.
+    void last_lines(int64_t g, const double *gradients, const double *products, Line *lines) const {
+        const Op &op = e.op[g % e.ops];
+        bool once = op.repeats == 1;
+        T w = mixing(g / e.ops, g % e.ops);
+        for (int64_t d = 0; d < D; ++d) {
+            int64_t channel = g / e.ops * D + d;
+            double product = products[channel * columns + g % e.ops];
+            T mean = *at(once ? op.mean1 : op.mean2, channel), rstd = *at(once ? op.rstd1 : op.rstd2, channel);
+            T scale = value(once ? op.scale1 : op.scale2, channel, 1);
+            lines[d] = through_norm(w * scale, mean, rstd, gradients[channel], product);
+            if (e.weights && (once ? op.g_scale1 : op.g_scale2)) {
+                *at(once ? op.g_scale1 : op.g_scale2, channel) = T(w * product);
+                *at(once ? op.g_shift1 : op.g_shift2, channel) = T(w * gradients[channel]);
+            }
+        }
+    }
+
+    // Gradient of the activated input [C, H, W, N] (+)= what comes from these groups.
+    void add_input_gradient(const StageBackward &stage1, T *g_active, bool first) const {
+        #pragma omp parallel for num_threads(e.threads) schedule(static)
+        for (int64_t task = 0; task < C * H; ++task) {
+            int64_t c = task % C, y = task / C;
+            T *result = g_active + (c * H + y) * row;
+            if (first) std::memset(result, 0, row * sizeof(T));
+            input_gradient_row(stage1, c, y, result);
+        }
+    }
+
+    // Through the activation, and with the pools and the skip connection.
+    void finish_input_gradient(const T *g_active, const double *gradients, const double *products) {
         // Gradients of the pools' outputs: all edges together, through the normalisation.
         T *g_pool = e.pools ? take<T>(e.pools * C * plane_out) : nullptr;
         #pragma omp parallel for num_threads(e.threads) schedule(static)
@@ -881,7 +955,7 @@ template <class T, int L> struct Kernel {
             for (int64_t edge = 0; edge < e.edges; ++edge) {
                 double w = mixing(edge, e.ops + i);
                 gradient += w * gradients[edge * D + c];
-                product += w * products[(edge * D + c) * terms + e.ops + i];
+                product += w * products[(edge * D + c) * columns + e.ops + i];
             }
             Line line = pool.mean ? through_norm(1, *at(pool.mean, c), *at(pool.rstd, c), gradient, product) : Line{1, 0, 0};
             const T *z = at(pool.z, c * plane_out);
@@ -893,24 +967,18 @@ template <class T, int L> struct Kernel {
                 store(p + j, line.a * total + (line.b * load(z + j) + line.c));
             }
         }
-
         std::vector<T *> scratch(e.threads);
         for (auto &s : scratch) s = take<T>(row);
         #pragma omp parallel num_threads(e.threads)
         {
             T *result = scratch[thread()];
-            std::vector<const T *> sources;
-            std::vector<std::vector<Tap>> taps(G ? G : 1);
-            #pragma omp for schedule(dynamic, 1)
+            #pragma omp for schedule(static)
             for (int64_t task = 0; task < C * H; ++task) {
                 int64_t c = task / H, y = task % H;
-                input_gradient_row(stage1, c, y, result);
-                const T *x = at(e.x, c * plane + y * row);
-                T *g_x = at(e.g_x, c * plane + y * row);
-                for (int64_t i = 0; i < row; i += L) {
-                    V v = load(x + i);
-                    store(result + i, v > V{} ? load(result + i) : V{});
-                }
+                const T *x = at(e.x, task * row), *active = g_active + task * row;
+                T *g_x = at(e.g_x, task * row);
+                for (int64_t i = 0; i < row; i += L)
+                    store(result + i, G ? (load(x + i) > V{} ? load(active + i) : V{}) : V{});
                 for (int64_t i = 0; i < e.pools; ++i)
                     pool_backward_row(e.pool[i], c, g_pool + (i * C + c) * plane_out, y, result);
                 if (e.skip)
@@ -927,15 +995,21 @@ template <class T, int L> struct Kernel {
         }
     }
 
-    // Through the second repeat: fills in the gradients and lines of the first stage's groups.
-    void second_stage(const std::vector<int64_t> &repeated, const std::vector<Line> &final_lines, StageBackward &stage1) {
+    // Through the second repeat, where there is one: replaces gradients and lines of the first stage.
+    void second_stage(StageBackward &stage1) {
+        std::vector<int64_t> repeated, place;
+        for (size_t i = 0; i < stage1.groups.size(); ++i)
+            if (e.op[stage1.groups[i] % e.ops].repeats == 2) {
+                repeated.push_back(stage1.groups[i]);
+                place.push_back(int64_t(i));
+            }
         int64_t n = int64_t(repeated.size());
+        if (!n) return;
         StageBackward b;
         b.groups = repeated;
-        b.lines.resize(n * D);
         for (int64_t i = 0; i < n; ++i) {
-            b.gradient.push_back(static_cast<const T *>(e.g_out[repeated[i] % e.edges]));
-            for (int64_t d = 0; d < D; ++d) b.lines[i * D + d] = final_lines[repeated[i] * D + d];
+            b.gradient.push_back(stage1.gradient[place[i]]);
+            b.lines.insert(b.lines.end(), &stage1.lines[place[i] * D], &stage1.lines[place[i] * D] + D);
         }
         b.activated = e.weights ? activated_middle(repeated) : nullptr;
         b.group_size = D * padded2;
@@ -943,8 +1017,8 @@ template <class T, int L> struct Kernel {
         T *between = take<T>(n * map_out);
         #pragma omp parallel for num_threads(e.threads) schedule(dynamic, 1)
         for (int64_t task = 0; task < n * D; ++task) {
-            int64_t i = task / D, d = task % D, g = repeated[i], edge = g % e.edges, channel = edge * D + d;
-            const Op &op = e.op[g / e.edges];
+            int64_t i = task / D, d = task % D, g = repeated[i], edge = g / e.ops, channel = edge * D + d;
+            const Op &op = e.op[g % e.ops];
             const T *t = b.t + b.t_at[i] + d * padded2, *z = at(op.z1, edge * map_out + d * plane_out);
             T *result = between + task * plane_out, a, shift;
             affine(op, 1, channel, &a, &shift);
@@ -952,10 +1026,10 @@ template <class T, int L> struct Kernel {
             double gradient = 0, product = 0;
             Tap taps[64];
             for (int64_t y = 0; y < Ho; ++y) {
-                int n_taps = taps_back(kernel, op, y, Ho, Wo, taps);
+                int n_taps = taps_back(op, y, Ho, Wo, taps);
                 T *p = result + y * row_out;
                 const T *q = z + y * row_out;
-                taps_row(t, taps, n_taps, p, row_out);
+                taps_row(t, kernel, taps, n_taps, p, row_out);
                 V s = {}, sp = {};
                 for (int64_t j = 0; j < row_out; j += L) {
                     V map = load(q + j), v = a * map + shift > V{} ? load(p + j) : V{};
@@ -966,8 +1040,8 @@ template <class T, int L> struct Kernel {
             }
             T mean = *at(op.mean1, channel), rstd = *at(op.rstd1, channel);
             product = (product - mean * gradient) * rstd;
-            stage1.gradient[g] = between + i * map_out;
-            stage1.lines[g * D + d] = through_norm(value(op.scale1, channel, 1), mean, rstd, gradient, product);
+            stage1.gradient[place[i]] = between + i * map_out;
+            stage1.lines[place[i] * D + d] = through_norm(value(op.scale1, channel, 1), mean, rstd, gradient, product);
             if (e.weights && op.g_scale1) {
                 *at(op.g_scale1, channel) = T(product);
                 *at(op.g_shift1, channel) = T(gradient);
@@ -975,39 +1049,38 @@ template <class T, int L> struct Kernel {
         }
     }
 
-    // Gradient of the activated input, row y of channel c, from all groups.
+    // Row y of channel c of the gradient of the activated input += what comes from these groups.
     void input_gradient_row(const StageBackward &stage1, int64_t c, int64_t y, T *result) const {
         Tap taps[64];
-        if (S == 1) {
-            std::memset(result, 0, row * sizeof(T));
-            for (int64_t g = 0; g < G; ++g) {
-                const Op &op = e.op[g / e.edges];
-                const T *t = stage1.t + stage1.t_at[g] + c * padded2;
-                int n = 1;
-                if (op.kind == DEPTHWISE) {
-                    const T *kernel = at(op.depthwise1, (g % e.edges * C + c) * op.kernel * op.kernel);
-                    n = taps_back(kernel, op, y, Ho, Wo, taps);
-                } else {
-                    taps[0] = {y * wide2 + pad2 * N, T(1)};
-                }
-                add_taps(t, taps, n, result, row);
+        const T one = 1;
+        for (size_t i = 0; i < stage1.groups.size() && S == 1; ++i) {
+            int64_t g = stage1.groups[i];
+            const Op &op = e.op[g % e.ops];
+            const T *t = stage1.t + stage1.t_at[i] + c * padded2, *kernel = &one;
+            int n = 1;
+            if (op.kind == DEPTHWISE) {
+                kernel = at(op.depthwise1, (g / e.ops * C + c) * op.kernel * op.kernel);
+                n = taps_back(op, y, Ho, Wo, taps);
+            } else {
+                taps[0] = {y * wide2 + pad2 * N, 0};
             }
-            return;
+            add_taps(t, kernel, taps, n, result, row);
         }
-        std::memset(result, 0, row * sizeof(T));
-        for (int64_t g = 0; g < G; ++g) {
-            const Op &op = e.op[g / e.edges];
+        if (S == 1) return;
+        for (size_t i = 0; i < stage1.groups.size(); ++i) {
+            int64_t g = stage1.groups[i];
+            const Op &op = e.op[g % e.ops];
             if (op.kind == HALVES) {
                 int64_t half = y % 2;
-                const T *t = stage1.t + stage1.t_at[g] + (half * C + c) * padded2 + y / 2 * wide2 + pad2 * N;
+                const T *t = stage1.t + stage1.t_at[i] + (half * C + c) * padded2 + y / 2 * wide2 + pad2 * N;
                 for (int64_t x = half; x < W; x += 2)
                     for (int64_t n = 0; n < N; n += L)
                         store(result + x * N + n, load(result + x * N + n) + load(t + x / 2 * N + n));
                 continue;
             }
-            const T *t = stage1.t + stage1.t_at[g] + c * padded2;
+            const T *t = stage1.t + stage1.t_at[i] + c * padded2;
             int64_t K = op.kernel, d = op.dilation, p = padding(op);
-            const T *kernel = at(op.depthwise1, (g % e.edges * C + c) * K * K);
+            const T *kernel = at(op.depthwise1, (g / e.ops * C + c) * K * K);
             for (int64_t parity = 0; parity < S; ++parity) {
                 int n_taps = 0;
                 for (int64_t ky = 0; ky < K; ++ky) {
@@ -1018,31 +1091,31 @@ template <class T, int L> struct Kernel {
                         if ((left % S + S) % S) continue;
                         int64_t shift = left >= 0 ? left / S : -(-left / S);
                         if (shift <= -Wo || shift >= Wo) continue;
-                        taps[n_taps++] = {up / S * wide2 + (shift + pad2) * N, kernel[ky * K + kx]};
+                        taps[n_taps++] = {up / S * wide2 + (shift + pad2) * N, ky * K + kx};
                     }
                 }
                 if (!n_taps) continue;
                 for (int64_t x = parity, out = 0; x < W; x += S, ++out)
                     for (int64_t n = 0; n < N; n += L) {
                         V acc[1] = {load(result + x * N + n)};
-                        accumulate_row<1>(t + out * N + n, taps, n_taps, acc);
+                        accumulate_row<1>(t + out * N + n, kernel, taps, n_taps, acc);
                         store(result + x * N + n, acc[0]);
                     }
             }
         }
     }
 
-    static void add_taps(const T *source, const Tap *taps, int n_taps, T *destination, int64_t n) {
+    static void add_taps(const T *source, const T *kernel, const Tap *taps, int n_taps, T *destination, int64_t n) {
         int64_t i = 0;
         for (; i + 8 * L <= n; i += 8 * L) {
             V acc[8];
             for (int j = 0; j < 8; ++j) acc[j] = load(destination + i + j * L);
-            accumulate_row<8>(source + i, taps, n_taps, acc);
+            accumulate_row<8>(source + i, kernel, taps, n_taps, acc);
             for (int j = 0; j < 8; ++j) store(destination + i + j * L, acc[j]);
         }
         for (; i < n; i += L) {
             V acc[1] = {load(destination + i)};
-            accumulate_row<1>(source + i, taps, n_taps, acc);
+            accumulate_row<1>(source + i, kernel, taps, n_taps, acc);
             store(destination + i, acc[0]);
         }
     }

@@ -202,6 +202,8 @@ def _call(
     g_parameters: Sequence[Tensor] | None,
 ) -> _Edges:
     width = x.element_size()
+    if source.columns > 32 or any(op.kernel > 7 for op in source.convolutions):
+        raise ValueError("the native kernels take at most 32 candidates and kernels of at most 7x7")
 
     def at(tensors: Sequence[Tensor] | None, slot: Slot | None) -> int | None:
         if tensors is None or slot is None:

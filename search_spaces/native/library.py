@@ -34,28 +34,44 @@ def why_not() -> str:
     return _built()[1]
 
 
+def is_compiled() -> bool:
+    """Whether ``library`` answers at once."""
+    if os.environ.get("DSARA_NATIVE") == "0":
+        return True
+    place = _place()
+    return isinstance(place, str) or place[1].exists()
+
+
+def _place() -> tuple[list[str], Path] | str:
+    """The compiler and where its product lies; or why there is no compiler."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    try:
+        version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return f"no C++ compiler ('{compiler[0]}' does not run): install one, e.g. g++, or set CXX"
+    key = hashlib.sha256(
+        "\0".join([SOURCE.read_text(), *FLAGS, *compiler, version, platform.machine(), _processor()]).encode()
+    ).hexdigest()[:24]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsara-nas"
+    return compiler, folder / f"{SOURCE.stem}-{key}.so"
+
+
 @lru_cache(maxsize=1)
 def _built() -> tuple[ctypes.CDLL | None, str]:
     # torch's OpenMP runtime must be the one that is found: two of them would fight for the cores.
     import torch  # noqa: F401
 
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    place = _place()
+    if isinstance(place, str):
+        return None, place
+    compiler, path = place
     try:
-        version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None, f"no C++ compiler ('{compiler[0]}' does not run): install one, e.g. g++, or set CXX"
-    key = hashlib.sha256(
-        "\0".join([SOURCE.read_text(), *FLAGS, *compiler, version, platform.machine(), _processor()]).encode()
-    ).hexdigest()[:24]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsara-nas"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"edges-{key}.lock"):
-            path = folder / f"edges-{key}.so"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
             if not path.exists():
                 _compile(compiler, path)
     except OSError as error:
-        return None, f"the kernels' cache {folder} cannot be written: {error}"
+        return None, f"the kernels' cache {path.parent} cannot be written: {error}"
     except subprocess.CalledProcessError as error:
         return None, f"'{compiler[0]}' did not compile the kernels: {error.stderr.strip().splitlines()[:1]}"
     try:
