@@ -80,7 +80,8 @@ def test_starts_and_results_are_in_the_ball(threat_model, augmentation):
             memory.attack(attack, model, batch, _generator(visit)),
         ):
             assert float(threat_model.distance(result, batch.x).max()) <= threat_model.epsilon + 1e-6
-            assert 0 <= float(result.min()) and float(result.max()) <= 1
+            assert float(result.min()) >= 0
+            assert float(result.max()) <= 1
             assert bool(result.isfinite().all())
 
 
@@ -90,7 +91,8 @@ def test_the_second_visit_begins_where_the_first_ended():
     attacked = memory.attack(Pgd(threat_model, steps=2), model, batch, _generator(1))
     torch.testing.assert_close(memory.start(batch, threat_model, _generator(2)), attacked, rtol=0, atol=1e-4)
     once_more = memory.attack(Pgd(threat_model, steps=3, step_size=0.03), model, batch, _generator(3))
-    longer = Pgd(threat_model, steps=3, step_size=0.03)(model, batch.x, batch.y, generator=_generator(9), start=attacked)
+    attack = Pgd(threat_model, steps=3, step_size=0.03)
+    longer = attack(model, batch.x, batch.y, generator=_generator(9), start=attacked)
     torch.testing.assert_close(once_more, longer, rtol=0, atol=1e-3)
 
 
