@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from nas.threat_model import ThreatModel
 from search_spaces.cell_space import CellSpace
-from search_spaces.supernet import MixedCell, Supernet
 from search_spaces.mixed import MixedEdges
 from search_spaces.operations import OPERATIONS, FactorisedReduce
+from search_spaces.supernet import MixedCell, Supernet
 
 
 class SeparableConv(nn.Sequential):
@@ -42,12 +42,12 @@ class SeparableConv(nn.Sequential):
 class Halve(nn.Module):
     """The factorised reduction."""
 
-    def __init__(self, source: FactorisedReduce) -> None:
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        assert source.odd is not None
-        self.even = nn.Conv2d(source.even.in_channels, source.even.out_channels, 1, bias=False)
-        self.odd = nn.Conv2d(source.odd.in_channels, source.odd.out_channels, 1, bias=False)
-        self.bn = nn.BatchNorm2d(source.bn.num_features, affine=False)
+        first = (out_channels + 1) // 2
+        self.even = nn.Conv2d(in_channels, first, 1, bias=False)
+        self.odd = nn.Conv2d(in_channels, out_channels - first, 1, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels, affine=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(x)
@@ -64,15 +64,13 @@ class MixedOperation(nn.Module):
         for name in names:
             operation = OPERATIONS[name]
             if operation.kind == "max_pool":
-                module: nn.Module = nn.Sequential(
-                    nn.MaxPool2d(3, stride, 1), nn.BatchNorm2d(channels, affine=False)
-                )
+                module: nn.Module = nn.Sequential(nn.MaxPool2d(3, stride, 1), nn.BatchNorm2d(channels, affine=False))
             elif operation.kind == "avg_pool":
                 module = nn.Sequential(
                     nn.AvgPool2d(3, stride, 1, count_include_pad=False), nn.BatchNorm2d(channels, affine=False)
                 )
             elif operation.kind == "skip":
-                module = Halve(source.skips[0]) if stride > 1 else nn.Identity()  # type: ignore[arg-type]
+                module = Halve(channels, channels) if stride > 1 else nn.Identity()
             else:
                 module = SeparableConv(channels, operation.kernel, stride, operation.dilation, operation.repeats)
             self.candidates.append(module)
@@ -169,13 +167,13 @@ class TextbookSupernet(nn.Module):
                 stages[2 * stage + 1].weight.copy_(pointwise[place * theirs.edges + edge][:, :, None, None])
         for candidate in mine.candidates:
             if isinstance(candidate, Halve):
-                candidate.even.weight.copy_(theirs.skips[edge].even.weight)  # type: ignore
-                candidate.odd.weight.copy_(theirs.skips[edge].odd.weight)  # type: ignore
+                candidate.even.weight.copy_(theirs.halves_even[edge][:, :, None, None])
+                candidate.odd.weight.copy_(theirs.halves_odd[edge][:, :, None, None])
 
 
 def _preprocess(source: nn.Module) -> nn.Module:
     if isinstance(source, FactorisedReduce):
-        return Halve(source)
+        return Halve(source.even.in_channels, source.bn.num_features)
     _, convolution, norm = source  # type: ignore[misc]
     return nn.Sequential(
         nn.ReLU(),

@@ -9,8 +9,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from search_spaces.layers import constant_weights
-
 
 @contextmanager
 def crafting(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[None]:
@@ -26,7 +24,7 @@ def crafting(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[No
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
-        with parametrize.cached(), constant_weights(model):
+        with parametrize.cached():
             if batch_statistics:
                 for module, _ in modes:
                     if isinstance(module, _BatchNorm):

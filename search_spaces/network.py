@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from search_spaces import kernels, operations
+from search_spaces import operations
 from search_spaces.genotype import Cell, Genotype
-from search_spaces.layers import BatchNorm2d, Normalise
+from search_spaces.layers import Normalise
+from search_spaces.native.functions import concatenate
 from search_spaces.operations import FactorisedReduce, ReluConvBn
 
 
@@ -44,7 +45,7 @@ class DiscreteCell(nn.Module):
             for edge in incoming[1:]:
                 total = total + next(modules)(nodes[edge.source])
             nodes.append(total)
-        return kernels.concatenate(nodes[2:])
+        return concatenate(nodes[2:])
 
 
 class AuxiliaryHead(nn.Module):
@@ -140,7 +141,7 @@ def stem(input_shape: tuple[int, int, int], channels: int, largest: int) -> nn.S
         in_channels = half
     layers += [
         nn.Conv2d(in_channels, channels, 3, 2 if halvings else 1, 1, bias=False),
-        BatchNorm2d(channels),
+        nn.BatchNorm2d(channels),
     ]
     return nn.Sequential(*layers)
 

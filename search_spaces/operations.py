@@ -12,15 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from search_spaces import kernels
-from search_spaces.layers import (
-    BatchNorm2d,
-    DepthwiseConv2d,
-    KeepsDerived,
-    PointwiseConv2d,
-    folded,
-    separable_stage,
-)
+from search_spaces.layers import DepthwiseConv2d, PointwiseConv2d, avg_pool, max_pool, offset_halves
+from search_spaces.native.operation import DEPTHWISE, HALVES, POINTWISE, evaluate, pool, single
 
 
 @dataclass(frozen=True)
@@ -53,7 +46,7 @@ OPERATIONS: dict[str, Operation] = {
 }
 
 
-class SeparableConv(KeepsDerived, nn.Sequential):
+class SeparableConv(nn.Sequential):
     """[ReLU, depthwise K x K, 1x1, BN], ``repeats`` times; the stride is in the first depthwise convolution."""
 
     def __init__(self, channels: int, kernel: int, stride: int, dilation: int, repeats: int) -> None:
@@ -63,16 +56,21 @@ class SeparableConv(KeepsDerived, nn.Sequential):
                 nn.ReLU(),
                 DepthwiseConv2d(channels, kernel, stride if index == 0 else 1, dilation),
                 PointwiseConv2d(channels, channels),
-                BatchNorm2d(channels),
+                nn.BatchNorm2d(channels),
             ]
         super().__init__(*stages)
+        self.source = single(DEPTHWISE, channels, channels, stride, kernel=kernel, dilation=dilation, repeats=repeats)
 
     def forward(self, x: Tensor) -> Tensor:
         modules: list[Any] = list(self)
-        for stage in range(0, len(modules), 4):
-            activation, depthwise, pointwise, norm = modules[stage : stage + 4]
-            x = separable_stage(x, activation, depthwise, pointwise, norm, self.kept, stage)
-        return x
+        kinds = (nn.ReLU, DepthwiseConv2d, PointwiseConv2d, nn.BatchNorm2d)
+        y = None
+        if all(isinstance(module, kinds[i % 4]) for i, module in enumerate(modules)):
+            stages = [
+                ((modules[i + 1].weight, modules[i + 2].weight), modules[i + 3]) for i in range(0, len(modules), 4)
+            ]
+            y = evaluate(self.source, x, stages, self)
+        return super().forward(x) if y is None else y
 
 
 class MaxPool(nn.Module):
@@ -83,7 +81,8 @@ class MaxPool(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.max_pool(x, self.stride)
+        y = evaluate(pool("max_pool", x.shape[1], self.stride), x, (), self)
+        return max_pool(x, self.stride) if y is None else y
 
 
 class AvgPool(nn.Module):
@@ -94,7 +93,8 @@ class AvgPool(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.avg_pool(x, self.stride)
+        y = evaluate(pool("avg_pool", x.shape[1], self.stride), x, (), self)
+        return avg_pool(x, self.stride) if y is None else y
 
 
 class FactorisedReduce(nn.Module):
@@ -107,34 +107,37 @@ class FactorisedReduce(nn.Module):
         self.even = PointwiseConv2d(in_channels, first)
         # A single output channel leaves nothing for the odd pixels.
         self.odd = PointwiseConv2d(in_channels, out_channels - first) if out_channels > first else None
-        self.bn = BatchNorm2d(out_channels, affine)
+        self.bn = nn.BatchNorm2d(out_channels, affine=affine)
+        self.source = single(HALVES, in_channels, out_channels, 2, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
-        even, odd = kernels.offset_halves(self.activation(x))
+        plain = isinstance(self.activation, nn.ReLU) and isinstance(self.bn, nn.BatchNorm2d)
+        if plain and isinstance(self.even, PointwiseConv2d) and isinstance(self.odd, PointwiseConv2d):
+            y = evaluate(self.source, x, [((self.even.weight, self.odd.weight), self.bn)], self)
+            if y is not None:
+                return y
+        even, odd = offset_halves(self.activation(x))
         halves = [self.even(even)]
         if self.odd is not None:
             halves.append(self.odd(odd))
-        return self.bn(kernels.concatenate(halves))
+        return self.bn(torch.cat(halves, dim=1))
 
 
-class ReluConvBn(KeepsDerived, nn.Sequential):
+class ReluConvBn(nn.Sequential):
     """ReLU, 1x1 convolution, BN: brings an input of a cell to its number of channels."""
 
     def __init__(self, in_channels: int, out_channels: int, affine: bool = True) -> None:
-        super().__init__(nn.ReLU(), PointwiseConv2d(in_channels, out_channels), BatchNorm2d(out_channels, affine))
+        norm = nn.BatchNorm2d(out_channels, affine=affine)
+        super().__init__(nn.ReLU(), PointwiseConv2d(in_channels, out_channels), norm)
+        self.source = single(POINTWISE, in_channels, out_channels, 1, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
         modules: list[Any] = list(self)
-        activation, pointwise, norm = modules
-        if self.kept is None or norm.training or not kernels.matrix_form(x):
-            y: Tensor = norm(pointwise(activation(x)))
-            return y
-        if () not in self.kept:
-            self.kept[()] = folded(pointwise.weight.flatten(1), norm)
-        weight, bias = self.kept[()]
-        batch, channels, height, width = x.shape
-        rows = kernels.channel_major(activation(x)).view(channels, -1)
-        return torch.addmm(bias, weight, rows).view(-1, batch, height, width).transpose(0, 1)
+        kinds = (nn.ReLU, PointwiseConv2d, nn.BatchNorm2d)
+        y = None
+        if all(isinstance(module, kind) for module, kind in zip(modules, kinds, strict=True)):
+            y = evaluate(self.source, x, [((modules[1].weight,), modules[2])], self)
+        return super().forward(x) if y is None else y
 
 
 def build(name: str, channels: int, stride: int) -> nn.Module:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from search_spaces import kernels
 from search_spaces.layers import Normalise
 from search_spaces.layout import Layout
 from search_spaces.mixed import MixedEdges
+from search_spaces.native import functions, norms
 from search_spaces.network import cell_input, stem
 
 Relaxation = Callable[[Tensor], Tensor]
@@ -44,23 +44,54 @@ class MixedCell(nn.Module):
             MixedEdges(operations, nodes - max(source - 1, 0), channels, 2 if reduces and source < 2 else 1)
             for source in range(nodes + 1)
         )
-        for source in range(nodes + 1):
+        sizes, index = [], []
+        for source, edges in enumerate(self._sources()):
             rows = [edge_row(node, source) for node in range(max(source - 1, 0), nodes)]
-            self.register_buffer(f"rows{source}", torch.tensor(rows), persistent=False)
+            index += [row * len(operations) + column for row in rows for column in edges.columns]
+            sizes.append(len(rows) * len(edges.columns))
+        self.mixing_sizes = tuple(sizes)
+        # All mixing weights that the sources need, source by source, as places in the flat table.
+        self.register_buffer("mixing_index", torch.tensor(index, dtype=torch.long), persistent=False)
+
+    mixing_index: Tensor
 
     def forward(self, input0: Tensor, input1: Tensor, weights: Tensor) -> Tensor:
-        values = [self.preprocess0(input0), self.preprocess1(input1)]
-        totals: list[Tensor | None] = [None] * self.nodes
-        for source, edges in enumerate(self.sources):
-            if source >= 2:
-                value = totals[source - 2]
-                assert value is not None
-                values.append(value)
-            maps = edges(values[source], weights.index_select(0, getattr(self, f"rows{source}")))
-            for node, map_ in zip(range(max(source - 1, 0), self.nodes), maps.unbind(0), strict=True):
-                total = totals[node]
-                totals[node] = map_ if total is None else total + map_
-        return kernels.concatenate([total for total in totals if total is not None])
+        """Two inputs [N, C_i, H_i, W_i] and mixing weights [edges, operations] to [N, nodes * C, H', W']."""
+        value0, value1 = self.preprocess0(input0), self.preprocess1(input1)
+        mixing = weights.flatten().index_select(0, self.mixing_index)
+        if not norms.runs(value0) or norms.hooked(self.sources):
+            return self._by_torch(value0, value1, mixing)
+        sources = self._sources()
+        found = [norms.statistics(source.norms(), value0) for source in sources]
+        if any(statistics is None for statistics in found):
+            return self._by_torch(value0, value1, mixing)
+        parameters = [parameter for source in sources for parameter in source.weights()]
+
+        def reference(first: Tensor, second: Tensor, mixing: Tensor, *given: Tensor) -> Tensor:
+            if any(a is not b for a, b in zip(given, parameters, strict=True)):
+                raise RuntimeError("a second derivative of a cell needs its parameters to be leaves of the graph")
+            return self._by_torch(first, second, mixing, record=False)
+
+        run = functions.Run(found, reference)  # type: ignore[arg-type]
+        out = functions.Cell.apply(tuple(source.source for source in sources), run, value0, value1, mixing, *parameters)
+        for source, statistics in zip(sources, found, strict=True):
+            assert statistics is not None
+            norms.record(source.norms(), statistics, out.shape[0] * out.shape[2] * out.shape[3])
+        return out
+
+    def _by_torch(self, value0: Tensor, value1: Tensor, mixing: Tensor, record: bool = True) -> Tensor:
+        values, totals = [value0, value1], [torch.zeros(())] * self.nodes
+        parts = zip(self._sources(), mixing.split(self.mixing_sizes), strict=True)
+        for index, (source, own) in enumerate(parts):
+            if index >= 2:
+                values.append(totals[index - 2])
+            maps = source.mix(values[index], own.view(source.edges, -1), record)
+            for node, map_ in zip(range(max(index - 1, 0), self.nodes), maps.unbind(0), strict=True):
+                totals[node] = map_ if index == 0 else totals[node] + map_
+        return torch.cat(totals, dim=1)
+
+    def _sources(self) -> list[MixedEdges]:
+        return [*self.sources]  # type: ignore[list-item]
 
 
 class Supernet(nn.Module):

@@ -6,7 +6,6 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from nas.model_state import crafting, evaluating, frozen_statistics
-from search_spaces.layers import BatchNorm2d
 
 
 class _Double(nn.Module):
@@ -36,7 +35,7 @@ def _assert_same(state, model):
     assert all(torch.equal(tensors[name], value) for name, value in state[0].items())
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNorm2d])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.SyncBatchNorm])
 @pytest.mark.parametrize(
     "context",
     [
@@ -61,7 +60,7 @@ def test_everything_is_restored_also_after_an_error(context, norm):
     _assert_same(before, model)
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNorm2d])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.SyncBatchNorm])
 def test_crafting_uses_the_statistics_asked_for(norm):
     model, x = _model(norm).train(), 3 + torch.rand(6, 1, 8, 8)
     inputs = []
@@ -81,7 +80,7 @@ def test_crafting_uses_the_statistics_asked_for(norm):
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNorm2d])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.SyncBatchNorm])
 def test_frozen_statistics_normalises_by_the_batch_without_recording(norm):
     model, x = _model(norm).train(), 3 + torch.rand(6, 1, 8, 8)
     model[2].eval()  # dropout

@@ -33,10 +33,9 @@ def _textbook(module, names, x, weights):
             elif operation.kind == "skip":
                 y = x
                 if stride == 2:
-                    reduce = module.skips[edge]
                     padded = F.pad(torch.relu(x), (0, x.shape[3] % 2, 0, x.shape[2] % 2))
-                    halves = [F.conv2d(padded[:, :, ::2, ::2], reduce.even.weight)]
-                    halves.append(F.conv2d(padded[:, :, 1::2, 1::2], reduce.odd.weight))
+                    halves = [F.conv2d(padded[:, :, ::2, ::2], module.halves_even[edge][:, :, None, None])]
+                    halves.append(F.conv2d(padded[:, :, 1::2, 1::2], module.halves_odd[edge][:, :, None, None]))
                     y = _norm(torch.cat(halves, 1))
             else:
                 y, place = x, order.index(column)
