@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from search_spaces import kernels
 from search_spaces.mixed import MixedEdges
+from search_spaces.native.functions import concatenate
 from search_spaces.network import cell_input
 from search_spaces.supernet import edge_row
 
@@ -62,7 +62,7 @@ class PartialCell(nn.Module):
                 total = mixed[node]
                 mixed[node] = map_ if total is None else total + map_
         values.append(self._node(mixed[-1], past, self.nodes + 1))
-        return kernels.concatenate(values[2:])
+        return concatenate(values[2:])
 
     def _node(self, mixed: Tensor | None, past: list[Tensor | None], sources: int) -> Tensor:
         """A node from the sum of its mixed edges and what went past on the edges from the first ``sources`` values."""
@@ -85,8 +85,6 @@ def bypass(x: Tensor, passing: int, stride: int) -> Tensor | None:
     if stride == 1:
         return rest
     # Maps of odd size are rounded up, as by the candidates.
-    if kernels.matrix_form(x):
-        return F.max_pool2d(kernels.channel_major(rest), 2, ceil_mode=True).transpose(0, 1)
     return F.max_pool2d(rest, 2, ceil_mode=True)
 
 
@@ -107,6 +105,8 @@ def joined(mixed: Tensor, past: Tensor | None) -> Tensor:
         return mixed
     passing = mixed.shape[1]
     groups = [mixed, *past.split(passing, dim=1)]
-    if kernels.matrix_form(mixed):
-        return torch.stack([kernels.channel_major(group) for group in groups], dim=1).flatten(0, 1).transpose(0, 1)
+    if all(group.permute(1, 2, 3, 0).is_contiguous() for group in groups):
+        # The memory order of the native kernels, batch last, is kept.
+        rows = torch.stack([group.permute(1, 2, 3, 0) for group in groups], dim=1)
+        return rows.flatten(0, 1).permute(3, 0, 1, 2)
     return torch.stack(groups, dim=2).flatten(1, 2)

@@ -14,10 +14,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from search_spaces import kernels
-from search_spaces.layers import BatchNorm2d
+from search_spaces.layers import avg_pool, max_pool, padding_of
+from search_spaces.native.functions import concatenate
+from search_spaces.native.operation import DEPTHWISE, evaluate, pool, single
 from search_spaces.network import cell_input
 from search_spaces.operations import OPERATIONS, FactorisedReduce
 from search_spaces.partial import added, bypass, joined, passing_channels
@@ -68,7 +70,7 @@ class SampledCell(nn.Module):
             assert total is not None
             values.append(joined(total, added(past[: node + 2])))
             past.append(bypass(values[-1], self.passing, 1))
-        return kernels.concatenate(values[2:])
+        return concatenate(values[2:])
 
 
 @dataclass(frozen=True)
@@ -144,23 +146,33 @@ class Separable(nn.Module):
     def __init__(self, channels: int, kernel: int, stride: int, dilation: int, repeats: int) -> None:
         super().__init__()
         self.strides, self.dilation = (stride, 1)[:repeats], dilation
+        self.source = single(
+            DEPTHWISE, channels, channels, stride, kernel=kernel, dilation=dilation, repeats=repeats, affine=False
+        )
         for stage in range(repeats):
             # Drawn as nn.Conv2d draws them.
             depthwise = torch.empty(channels, 1, kernel, kernel).uniform_(-1 / kernel, 1 / kernel)
             pointwise = torch.empty(channels, channels, 1, 1).uniform_(-(channels**-0.5), channels**-0.5)
             self.register_parameter(f"depthwise{stage}", nn.Parameter(depthwise))
             self.register_parameter(f"pointwise{stage}", nn.Parameter(pointwise))
-            self.register_module(f"norm{stage}", BatchNorm2d(channels, affine=False))
+            self.register_module(f"norm{stage}", nn.BatchNorm2d(channels, affine=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        for stage, stride in enumerate(self.strides):
-            depthwise, pointwise = self.get_parameter(f"depthwise{stage}"), self.get_parameter(f"pointwise{stage}")
-            x = kernels.depthwise(torch.relu(x), depthwise, stride=stride, dilation=self.dilation)
-            x = getattr(self, f"norm{stage}")(kernels.pointwise(x, pointwise))
+        stages = [
+            ((getattr(self, f"depthwise{stage}"), getattr(self, f"pointwise{stage}")), getattr(self, f"norm{stage}"))
+            for stage in range(len(self.strides))
+        ]
+        y = evaluate(self.source, x, stages, self)
+        if y is not None:
+            return y
+        for ((depthwise, pointwise), norm), stride in zip(stages, self.strides, strict=True):
+            padding = padding_of(depthwise.shape[-1], self.dilation)
+            x = F.conv2d(torch.relu(x), depthwise, None, stride, padding, self.dilation, groups=x.shape[1])
+            x = norm(F.conv2d(x, pointwise))
         return x
 
 
-class NormalisedPool(BatchNorm2d):
+class NormalisedPool(nn.BatchNorm2d):
     """3x3 max or average pooling and its normalisation."""
 
     def __init__(self, kind: str, channels: int, stride: int) -> None:
@@ -168,8 +180,10 @@ class NormalisedPool(BatchNorm2d):
         self.kind, self.stride = kind, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        pool = kernels.max_pool if self.kind == "max_pool" else kernels.avg_pool
-        return super().forward(pool(x, self.stride))
+        y = evaluate(pool(self.kind, x.shape[1], self.stride), x, (), self)
+        if y is None:
+            y = max_pool(x, self.stride) if self.kind == "max_pool" else avg_pool(x, self.stride)
+        return super().forward(y)
 
 
 class Nothing(nn.Module):

@@ -48,7 +48,9 @@ def _take_weights(cell, full, names):
                     own[column].get_parameter(f"depthwise{stage}").copy_(depthwise[part])
                     own[column].get_parameter(f"pointwise{stage}").copy_(pointwise[:, :, None, None])
             if "skip_connect" in names and edges.stride == 2:
-                own[names.index("skip_connect")].load_state_dict(edges.skips[edge].state_dict())
+                skip = own[names.index("skip_connect")]
+                for half, weight in ((skip.even, edges.halves_even), (skip.odd, edges.halves_odd)):
+                    half.weight.copy_(weight[edge][:, :, None, None])
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 5), (11, 10)], ids=str)
@@ -65,14 +67,15 @@ def test_it_is_the_full_cell_with_one_hot_weights(size, reduces, before, space, 
     cell = SampledCell(names, 3, (8, 8), 4, **sizes, share=share).double()
     _take_weights(cell, full, names)
     large = (2 * size[0], 2 * size[1]) if before else size
-    x = [torch.randn(6, 8, *s, dtype=torch.float64, requires_grad=True) for s in (large, size)]
+    batch = 6 if size == (11, 10) else 8  # the native kernels take multiples of 4 only: both ways are compared
+    x = [torch.randn(batch, 8, *s, dtype=torch.float64, requires_grad=True) for s in (large, size)]
     for draw in range(3):
         choice = torch.randint(len(names), (9,), generator=_generator(draw))
         one_hot = F.one_hot(choice, len(names)).double().requires_grad_()
         gates = torch.ones(9, dtype=torch.float64, requires_grad=True)
         reference, ours = full(*x, one_hot), cell(*x, gates.unbind(), choice.tolist())
         torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(cell(*x, None, choice.tolist()), ours, rtol=0, atol=0)
+        torch.testing.assert_close(cell(*x, None, choice.tolist()), ours, rtol=1e-12, atol=1e-12)
         direction = torch.randn(reference.shape, dtype=torch.float64, generator=_generator(draw))
         theirs = torch.autograd.grad((reference * direction).sum(), [*x, one_hot])
         mine = torch.autograd.grad((ours * direction).sum(), [*x, gates])
