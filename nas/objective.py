@@ -17,11 +17,14 @@ class Batch:
     """Images and labels on the device.
 
     x: [N, C, H, W] float in [0, 1];  y: [N] int64;  indices: [N] int64, rows of the data set they came from.
+    places: [N, H, W] int64, only where it was asked for: the pixel (row * W + column) of the unaugmented image that
+    each pixel came from, -1 for one that augmentation put in.
     """
 
     x: Tensor
     y: Tensor
     indices: Tensor
+    places: Tensor | None = None
 
 
 @dataclass(frozen=True)

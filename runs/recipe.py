@@ -17,6 +17,8 @@ from nas.evaluation.robustness import Trial
 from nas.objective import Attack, Objective
 from nas.search.architecture_gradient import FirstOrder, Unrolled
 from nas.search.bilevel import Search
+from nas.search.perturbation_memory import check_can_start
+from nas.search.relaxation import Mixture, SampledPath
 from nas.threat_model import ThreatModel
 from nas.training.auxiliary import WithAuxiliary
 from nas.training.loop import Training
@@ -333,30 +335,39 @@ def _search(table: object, threat_model: ThreatModel) -> SearchPart:
     entries = dict(mapping(table, "search"))
     attack_table = entries.pop("attack", {"name": "pgd"})
     method_table = entries.pop("method", {"name": "pgd_at"})
-    gradient = _gradient(entries.pop("gradient", {"name": "unrolled"}))
-    settings = construct(Search, entries, "search", ("attack", "method", "gradient"), gradient=gradient)
+    chosen = {
+        "gradient": _chosen(entries.pop("gradient", {"name": "unrolled"}), "search.gradient", GRADIENTS),
+        "relaxation": _chosen(entries.pop("relaxation", {"name": "mixture"}), "search.relaxation", RELAXATIONS),
+    }
+    settings = construct(Search, entries, "search", ("attack", "method", *chosen), **chosen)
     for index, stage in enumerate(settings.stages):
         for name in stage.objectives:
             if name not in SEARCH_OBJECTIVES:
                 hint = nearest(name, SEARCH_OBJECTIVES)
                 raise InputError(f"search.stages[{index}].objectives: unknown objective '{name}': {hint}")
+    attack = attack_from(attack_table, "search.attack", threat_model, SEARCH_ATTACK)
+    if settings.reuse_perturbations:
+        check_can_start(attack, "search.attack")
     return SearchPart(
         settings=settings,
         weight_objective=method_from(
             method_table, "search.method", attack_table, "search.attack", threat_model, SEARCH_ATTACK
         ),
-        attack=attack_from(attack_table, "search.attack", threat_model, SEARCH_ATTACK),
+        attack=attack,
     )
 
 
-def _gradient(table: object) -> FirstOrder | Unrolled:
-    entries = dict(mapping(table, "search.gradient"))
-    kinds = {"first_order": FirstOrder, "unrolled": Unrolled}
-    name = _name(entries, "search.gradient")
+GRADIENTS: Mapping[str, type] = {"first_order": FirstOrder, "unrolled": Unrolled}
+RELAXATIONS: Mapping[str, type] = {"mixture": Mixture, "sampled_path": SampledPath}
+
+
+def _chosen(table: object, where: str, kinds: Mapping[str, type]) -> Any:
+    """An instance of the one of ``kinds`` that a table names."""
+    entries = dict(mapping(table, where))
+    name = _name(entries, where)
     if name not in kinds:
-        raise InputError(f"unknown search.gradient '{name}': {nearest(name, kinds)}")
-    gradient: FirstOrder | Unrolled = construct(kinds[name], entries, "search.gradient", ("name",))
-    return gradient
+        raise InputError(f"unknown {where} '{name}': {nearest(name, kinds)}")
+    return construct(kinds[name], entries, where, ("name",))
 
 
 TRAIN_KEYS = ("attack", "method", "validation_attack", "auxiliary_weight", "channels", "cells", "parameters")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from search_spaces.genotype import AnyGenotype, Cell, Edge, Genotype, GenotypeError
 from search_spaces.layout import Layout
 from search_spaces.network import CellNetwork
 from search_spaces.operations import OPERATIONS
-from search_spaces.supernet import Relaxation, Supernet, edge_row, softmax
+from search_spaces.partial import PartialCell
+from search_spaces.sampled import SampledSupernet
+from search_spaces.supernet import MixedCell, Relaxation, Supernet, edge_row, softmax
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,30 @@ class CellSpace:
         mean: tuple[float, ...],
         std: tuple[float, ...],
         relaxation: Relaxation = softmax,
+        partial_channels: int = 1,
+        sampled: bool = False,
     ) -> Supernet:
-        """The weight-sharing network over this space."""
+        """The weight-sharing network over this space.
+
+        partial_channels: k lets only 1/k of the channels through the candidates (partial.py); sampled: each edge
+        computes one sampled candidate only (sampled.py), which leaves ``relaxation`` nothing but to be reported.
+        """
+        cell: Callable[..., nn.Module] = MixedCell
+        if partial_channels > 1:
+            cell = partial(PartialCell, share=partial_channels)
+        if sampled:
+            return SampledSupernet(
+                self.operations,
+                self.nodes,
+                self.layout,
+                channels=channels,
+                cells=cells,
+                input_shape=input_shape,
+                classes=classes,
+                mean=mean,
+                std=std,
+                share=partial_channels,
+            )
         return Supernet(
             self.operations,
             self.nodes,
@@ -56,6 +81,7 @@ class CellSpace:
             mean=mean,
             std=std,
             relaxation=relaxation,
+            cell=cell,
         )
 
     def build(

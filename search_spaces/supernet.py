@@ -98,7 +98,8 @@ class Supernet(nn.Module):
     """All networks of a layout at once. Pixels [N, C, H, W] in [0, 1] to logits [N, classes].
 
     ``alpha[kind]`` [edges, operations] are the architecture parameters, one tensor shared by all cells of a kind;
-    ``relaxation`` turns them into mixing weights at each forward pass.
+    ``relaxation`` turns them into mixing weights at each forward pass. ``cell`` makes the cells, with the arguments
+    and the call of ``MixedCell``.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class Supernet(nn.Module):
         std: tuple[float, ...],
         relaxation: Relaxation = softmax,
         alpha_scale: float = 1e-3,
+        cell: Callable[..., nn.Module] = MixedCell,
     ) -> None:
         super().__init__()
         placed = layout.place(cells, channels)
@@ -127,7 +129,7 @@ class Supernet(nn.Module):
         self.cells = nn.ModuleList()
         for place in placed:
             self.cells.append(
-                MixedCell(
+                cell(
                     operations,
                     nodes,
                     in_channels,

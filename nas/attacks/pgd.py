@@ -45,12 +45,19 @@ class Pgd:
         """The step size in force."""
         return self.step_size or min(2.5 / self.steps, 1.0) * self.threat_model.epsilon
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator) -> Tensor:
-        """Adversarial images [N, C, H, W] for images ``x`` and labels ``y`` [N]."""
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator, start: Tensor | None = None
+    ) -> Tensor:
+        """Adversarial images [N, C, H, W] for images ``x`` and labels ``y`` [N].
+
+        start: images in the ball around ``x`` to begin from, instead of a random start or ``x`` itself.
+        """
         threat_model, geometry = self.threat_model, self.threat_model.geometry
         with crafting(model, batch_statistics=self.statistics == "batch"):
             clean_logits = clean_logits_for(self.loss, model, x)
-            x_adv = threat_model.random_start(x, generator) if self.random_start else x
+            x_adv = start
+            if x_adv is None:
+                x_adv = threat_model.random_start(x, generator) if self.random_start else x
             best, best_losses = x_adv, torch.full((len(x),), -torch.inf, device=x.device, dtype=x.dtype)
             for _ in range(self.steps):
                 gradient, losses, _ = input_gradient(model, x_adv, y, self.loss, clean_logits)

@@ -77,6 +77,16 @@ class Augmentation:
             x = flip(x, generator)
         return cutout(x, self.cutout, generator)
 
+    def places(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Where the pixels of ``self(x, generator)`` come from, from a generator in the same state: [N, H, W] int64.
+
+        row * W + column of the pixel in ``x`` ([N, C, H, W]); -1 for a pixel that was put in (padding, cutout).
+        """
+        n, _, h, w = x.shape
+        # The numbers of the pixels, moved about like the pixels; 0 is what crop and cutout put in.
+        numbered = torch.arange(1, h * w + 1, device=x.device).view(1, 1, h, w).expand(n, 1, h, w)
+        return self(numbered, generator)[:, 0] - 1
+
 
 def _integers(high: int, shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
     """Whole numbers in 0 .. high - 1, drawn where the generator lives and brought to the images."""

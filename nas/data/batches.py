@@ -22,12 +22,14 @@ def batches(
     augmentation: Augmentation | None = None,
     augmentation_generator: torch.Generator | None = None,
     drop_last: bool = False,
+    trace: bool = False,
 ) -> Iterator[Batch]:
     """One pass over the rows ``indices`` of ``x`` and ``y``, in batches on the device of ``x``.
 
     x: [N, C, H, W] uint8;  y: [N] int64 on the same device;  indices: [n] int64 on any device.
     ``shuffle`` is a CPU generator: the order is drawn there so that it is the same on every device, and it
-    does not depend on ``batch_size``. ``drop_last`` leaves out a short last batch unless it is the only one.
+    does not depend on ``batch_size``. ``drop_last`` leaves out a short last batch unless it is the only one;
+    ``trace`` adds to each batch where its pixels came from, and changes nothing else.
     Raises InputError for a batch size below 1, ValueError for images that are not uint8 and generators that do not fit.
     """
     _check_batch_size(batch_size)
@@ -45,10 +47,15 @@ def batches(
         for number in range(batch_count(len(indices), batch_size, drop_last)):
             rows = indices[number * batch_size : (number + 1) * batch_size]
             images = x[rows]
+            places = None
+            if trace:
+                # Without augmentation every pixel is in its own place.
+                moved, draws = augmentation or Augmentation(), augmentation_generator or torch.Generator()
+                places = moved.places(images, draws.clone_state())
             if augmentation is not None and augmentation_generator is not None:
                 # Moving bytes about is four times cheaper than moving floats, with the same result.
                 images = augmentation(images, augmentation_generator)
-            yield Batch(x=images.to(torch.float32).div_(255), y=y[rows], indices=rows)
+            yield Batch(x=images.to(torch.float32).div_(255), y=y[rows], indices=rows, places=places)
 
     # Checks and the draw of the order happen at the call, not at the first batch.
     return generate()

@@ -31,9 +31,13 @@ from nas.randomness import generator
 from nas.search import monitor
 from nas.search.architecture_gradient import FirstOrder, Loss, Unrolled, WeightStep
 from nas.search.min_norm import min_norm_direction
+from nas.search.perturbation_memory import PerturbationMemory, check_can_start
+from nas.search.precision import check_bfloat16, in_bfloat16
+from nas.search.relaxation import Mixture, SampledPath
 from nas.tensor_file import read_tree, write_tree
 from search_spaces.cell_space import CellSpace
 from search_spaces.genotype import Genotype
+from search_spaces.sampled import SampledSupernet
 from search_spaces.supernet import Supernet
 
 Record = dict[str, Any]
@@ -82,7 +86,13 @@ class ArchitectureAdam:
 
 @dataclass(frozen=True)
 class Search:
-    """Size and schedule of a search. monitored: images of the architecture part judged after each epoch."""
+    """Size and schedule of a search. monitored: images of the architecture part judged after each epoch.
+
+    The others trade exactness for speed; docs/search-speed.md says what each changes. relaxation: what an edge computes
+    in a step. partial_channels: k lets 1/k of the channels through the candidates. reuse_perturbations: attacks on an
+    image begin where the last one ended. architecture_every: the architecture takes a step at every n-th step of an
+    epoch, beginning with the first. precision: of the supernet's passes.
+    """
 
     channels: int = 16
     cells: int = 8
@@ -96,6 +106,11 @@ class Search:
     gradient: FirstOrder | Unrolled = field(default_factory=Unrolled)
     augmentation: Augmentation = field(default_factory=Augmentation)
     monitored: int = 512
+    relaxation: Mixture | SampledPath = field(default_factory=Mixture)
+    partial_channels: int = 1
+    reuse_perturbations: bool = False
+    architecture_every: int = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         untils = [stage.until for stage in self.stages]
@@ -103,6 +118,17 @@ class Search:
             raise InputError("search stages must end one after another: 'until' has to rise from stage to stage")
         if self.batch_size < 2 or self.monitored < 1:
             raise InputError("search batch_size must be at least 2, monitored at least 1")
+        if self.partial_channels < 1 or self.channels % self.partial_channels:
+            raise InputError(
+                f"partial_channels = {self.partial_channels} must be at least 1 and divide channels = {self.channels}"
+            )
+        if self.architecture_every < 1:
+            raise InputError(f"architecture_every must be at least 1, not {self.architecture_every}")
+        if self.precision == "bfloat16" and getattr(self.gradient, "hessian", None) == "finite_difference":
+            raise InputError(
+                "precision = 'bfloat16' rounds away the small shifts of weights that gradient.hessian = "
+                "'finite_difference' compares: use gradient name = 'first_order', or hessian = 'exact'"
+            )
 
     @property
     def epochs(self) -> int:
@@ -151,6 +177,14 @@ def search(
         for name in stage.objectives:
             if name not in objectives:
                 raise InputError(f"unknown search objective '{name}'; known: {', '.join(objectives)}")
+    memory = None
+    if settings.reuse_perturbations:
+        for objective in (weight_objective, *objectives.values()):
+            if hasattr(objective, "attack"):
+                check_can_start(objective.attack)
+        memory = PerturbationMemory(data.x_train)
+    if settings.precision == "bfloat16":
+        check_bfloat16(device)
     supernet = _supernet(space, data, settings, seed)
     weights, architecture = supernet.weight_parameters(), supernet.architecture_parameters()
     optimiser = settings.weights.optimiser(weights)
@@ -167,48 +201,57 @@ def search(
         restore_optimiser(optimiser, tree["weights"])
         restore_optimiser(adam, tree["architecture"])
         records = tree["records"]
+        if memory is not None:
+            memory.deltas = tree["perturbations"]
     history(records)
 
     steps = batch_count(min(len(split.weights), len(split.architecture)), settings.batch_size, True)
+    architecture_steps = -(-steps // settings.architecture_every)
     for epoch in range(len(records), settings.epochs):
         stage = settings.stage_of(epoch)
         attack_generator = generator(seed, "search attack", epoch, device=device)
         method_generator = generator(seed, "search method", epoch, device=device)
+        path_generator = generator(seed, "search path", epoch)
         sums: dict[str, float] = {}
         supernet.train()
         for step, (batch, held_out) in enumerate(_paired(data, split, settings, seed, epoch, steps)):
             progress = (epoch + step / steps) / settings.epochs
             state = State(epoch, epoch * steps + step, progress, attack_generator, method_generator)
             rate = settings.weights.rate(progress)
-            frozen_weight_objective = _with_fixed_attack(weight_objective, supernet, batch, state)
-            step_values = _architecture_step(
-                supernet, settings, stage, objectives, frozen_weight_objective, batch, held_out, state, rate,
-                optimiser, adam,
-            )  # fmt: skip
+            if isinstance(supernet, SampledSupernet) and isinstance(settings.relaxation, SampledPath):
+                supernet.draw(path_generator, settings.relaxation.temperature(progress))
+            frozen_weight_objective = _with_fixed_attack(weight_objective, supernet, batch, state, memory)
+            if step % settings.architecture_every == 0:
+                values = _architecture_step(
+                    supernet, settings, stage, objectives, frozen_weight_objective, batch, held_out, state, rate,
+                    optimiser, adam, memory,
+                )  # fmt: skip
+                _add_means(sums, values, architecture_steps)
             loss, metrics = frozen_weight_objective(supernet, batch, state)
             weight_step(loss, weights, optimiser, rate, settings.weights.clip)
-            step_values |= {"weight_loss": float(loss.detach()), "weight_accuracy": float(metrics["accuracy"])}
-            for name, value in step_values.items():
-                sums[name] = sums.get(name, 0.0) + value / steps
+            values = {"weight_loss": float(loss.detach()), "weight_accuracy": float(metrics["accuracy"])}
+            _add_means(sums, values, steps)
             tick((epoch + (step + 1) / steps) / settings.epochs)
         if not all(map(math.isfinite, sums.values())):
             raise Diverged(
                 f"the search is not finite any more in epoch {epoch} ({sums}): lower search.weights.learning_rate "
                 f"(now {settings.weights.learning_rate}) or search.architecture.learning_rate"
             )
+        if isinstance(supernet, SampledSupernet):
+            supernet.settle()
         record = _epoch_record(space, supernet, data, split, settings, attack, seed, epoch, stage, sums)
         records.append(record)
         log(record)
         if checkpoint is not None:
-            write_tree(
-                {
-                    "supernet": dict(supernet.state_dict()),
-                    "weights": optimiser_tree(optimiser),
-                    "architecture": optimiser_tree(adam),
-                    "records": records,
-                },
-                checkpoint,
-            )
+            tree = {
+                "supernet": dict(supernet.state_dict()),
+                "weights": optimiser_tree(optimiser),
+                "architecture": optimiser_tree(adam),
+                "records": records,
+            }
+            if memory is not None:
+                tree["perturbations"] = memory.deltas
+            write_tree(tree, checkpoint)
     mixing = {kind: table.detach().cpu() for kind, table in supernet.mixing_weights().items()}
     warnings = [warning for record in records for warning in record["warnings"]]
     return SearchResult(space.discretise(mixing), mixing, records, warnings)
@@ -226,9 +269,13 @@ def _supernet(space: CellSpace, data: ImageData, settings: Search, seed: int) ->
                 classes=len(data.classes),
                 mean=data.mean,
                 std=data.std,
+                partial_channels=settings.partial_channels,
+                sampled=isinstance(settings.relaxation, SampledPath),
             )
     except ValueError as error:
         raise InputError(f"search: {error}") from None
+    if settings.precision == "bfloat16":
+        supernet.forward = in_bfloat16(supernet.forward)  # type: ignore[method-assign, assignment]
     return supernet.to(data.x_train.device)
 
 
@@ -249,6 +296,7 @@ def _paired(
                 augmentation=settings.augmentation,
                 augmentation_generator=generator(seed, f"search augmentation {name}", epoch, device=device),
                 drop_last=True,
+                trace=settings.reuse_perturbations,
             )
         )
     # Parts may differ in size by rounding; the longer one's last batch is left out in this epoch.
@@ -256,7 +304,15 @@ def _paired(
         yield pair
 
 
-def _with_fixed_attack(objective: Objective, supernet: Supernet, batch: Batch, state: State) -> Objective:
+def _add_means(sums: dict[str, float], values: Mapping[str, float], count: int) -> None:
+    """Add to the epoch's means the values of one of ``count`` steps."""
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0.0) + value / count
+
+
+def _with_fixed_attack(
+    objective: Objective, supernet: Supernet, batch: Batch, state: State, memory: PerturbationMemory | None
+) -> Objective:
     """``objective`` with its attack carried out once, at the present weights and architecture.
 
     The unrolled gradient evaluates the same loss at several weights; the adversarial images stay those of the
@@ -265,7 +321,10 @@ def _with_fixed_attack(objective: Objective, supernet: Supernet, batch: Batch, s
     attack = getattr(objective, "attack", None)
     if attack is None:
         return objective
-    x_adv = attack(supernet, batch.x, batch.y, generator=state.attack_generator)
+    if memory is None:
+        x_adv = attack(supernet, batch.x, batch.y, generator=state.attack_generator)
+    else:
+        x_adv = memory.attack(attack, supernet, batch, state.attack_generator)
     return dataclasses.replace(objective, attack=Fixed(x_adv))  # type: ignore[type-var]
 
 
@@ -281,6 +340,7 @@ def _architecture_step(
     rate: float,
     optimiser: torch.optim.SGD,
     adam: torch.optim.Adam,
+    memory: PerturbationMemory | None,
 ) -> dict[str, float]:
     """One Adam step on the architecture parameters; returns the losses of the stage's objectives and gamma."""
     losses: dict[str, Tensor] = {}
@@ -295,7 +355,8 @@ def _architecture_step(
 
     with frozen_statistics(supernet):
         closures = [
-            loss_of(name, _with_fixed_attack(objectives[name], supernet, held_out, state)) for name in stage.objectives
+            loss_of(name, _with_fixed_attack(objectives[name], supernet, held_out, state, memory))
+            for name in stage.objectives
         ]
         weight_step_taken = WeightStep(
             rate,

@@ -166,3 +166,54 @@ def test_attacks_are_values():
     assert Pgd(ThreatModel("l2", 1.0)) == Pgd(ThreatModel("l2", 1.0))
     assert hash(Fgsm()) == hash(Fgsm())
     assert Pgd(steps=3) != Pgd(steps=4)
+
+
+@pytest.mark.parametrize("threat_model", THREATS, ids=str)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_fgsm_with_random_start_is_one_long_pgd_step_bit_for_bit(threat_model, loss):
+    """FGSM-RS: from a uniform start, 1.25 epsilon, projected."""
+    model, (x, y) = _network(), _images()
+    fgsm = Fgsm(threat_model, loss, random_start=True)
+    pgd = Pgd(threat_model, 1, 1.25 * threat_model.epsilon, loss)
+    assert torch.equal(fgsm(model, x, y, generator=_generator()), pgd(model, x, y, generator=_generator()))
+    assert "RS" in str(fgsm) and "RS" not in str(Fgsm(threat_model))
+
+
+def test_fgsm_with_random_start_on_a_linear_model():
+    """The input gradient of a linear model is w everywhere: delta = clip(start + 1.25 eps sign(w), -eps, eps)."""
+    threat_model = ThreatModel("linf", 0.1)
+    w = torch.randn(2, 64, generator=_generator(3))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    with torch.no_grad():
+        model[1].weight.copy_(w)
+    x = 0.3 + 0.4 * _images(8)[0]
+    y = torch.arange(8) % 2
+    start = threat_model.random_start(x, _generator(5)) - x
+    rising = (w[1 - y] - w[y]).sign().view_as(x)
+    expected = x + (start + 0.125 * rising).clamp(-0.1, 0.1)
+    found = Fgsm(threat_model, random_start=True)(model, x, y, generator=_generator(5))
+    torch.testing.assert_close(found, expected)
+    assert float((found - x - 0.1 * rising).abs().max()) > 0.01, "not every pixel reaches the far side"
+    assert float(((found - x) * rising).min()) >= 0.025 - 1e-6, "a quarter of epsilon is the least"
+
+
+@pytest.mark.parametrize("attack", [Fgsm(THREATS[0]), Fgsm(THREATS[0], random_start=True), Pgd(THREATS[0], 2)], ids=str)
+def test_a_given_start_takes_the_place_of_the_attacks_own(attack):
+    """Nothing is drawn, and from the random start itself the result is that of the attack with a random start."""
+    model, (x, y) = _network(), _images()
+    generator = _generator(7)
+    start = THREATS[0].random_start(x, _generator(1))
+    found = attack(model, x, y, generator=generator, start=start)
+    assert torch.equal(generator.get_state(), _generator(7).get_state())
+    if attack.random_start:
+        assert torch.equal(found, attack(model, x, y, generator=_generator(1)))
+    else:
+        assert not torch.equal(found, attack(model, x, y, generator=_generator(1)))
+
+
+def test_a_step_size_of_fgsm_is_checked_and_used():
+    model, x, y = _network(), 0.3 + 0.4 * _images()[0], _images()[1]
+    found = Fgsm(THREATS[0], step_size=0.03)(model, x, y, generator=_generator())
+    assert float((found - x).abs().max()) == pytest.approx(0.03, abs=1e-6)
+    with pytest.raises(InputError, match="step_size"):
+        Fgsm(step_size=-1.0)

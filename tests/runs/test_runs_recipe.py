@@ -12,10 +12,12 @@ from typing import Any, Literal
 import pytest
 
 from nas import plugins
+from nas.attacks.fgsm import Fgsm
 from nas.attacks.pgd import Pgd
 from nas.errors import InputError
 from nas.search.architecture_gradient import FirstOrder, Unrolled
 from nas.search.bilevel import Search, Stage
+from nas.search.relaxation import Mixture, SampledPath
 from nas.threat_model import ThreatModel
 from nas.training.loop import Training
 from nas.training.pgd_at import PgdAt
@@ -629,3 +631,47 @@ def test_a_difference_within_a_list_is_named_and_short() -> None:
 def test_a_date_is_a_difference_and_not_a_crash() -> None:
     with pytest.raises(InputError, match="seed"):
         check_same_recipe(run_of(read_table("digits")), read_table("digits", ["seed=2020-01-01"]))
+
+
+# --- options of the search that trade exactness for speed
+
+
+def test_every_speed_option_is_reached_from_a_recipe() -> None:
+    settings = digits(
+        "search.gradient={name='first_order'}",
+        "search.attack={name='fgsm', random_start=true}",
+        "search.relaxation={name='sampled_path', first_temperature=5.0}",
+        "search.partial_channels=4",
+        "search.reuse_perturbations=true",
+        "search.architecture_every=2",
+        "search.precision='bfloat16'",
+    ).search
+    assert settings.settings.relaxation == SampledPath(first_temperature=5.0)
+    assert settings.settings.partial_channels == 4 and settings.settings.reuse_perturbations
+    assert settings.settings.architecture_every == 2 and settings.settings.precision == "bfloat16"
+    assert settings.attack == Fgsm(ThreatModel("linf", 0.1), statistics="batch", random_start=True)
+    assert settings.attack.step == pytest.approx(0.125)
+    exact = digits().search.settings
+    assert (exact.relaxation, exact.partial_channels, exact.reuse_perturbations) == (Mixture(), 1, False)
+    assert (exact.architecture_every, exact.precision) == (1, "float32")
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["search.relaxation={name='sampled'}"], ["search.relaxation", "sampled_path"]),
+        (["search.relaxation={name='sampled_path', temperature=1.0}"], ["unknown key 'temperature'"]),
+        (["search.relaxation={name='sampled_path', last_temperature=0.0}"], ["search.relaxation", "above 0"]),
+        (["search.relaxation={first_temperature=1.0}"], ["search.relaxation.name is missing"]),
+        (["search.partial_channels=3"], ["partial_channels = 3", "channels = 8"]),
+        (["search.reuse_perturbations=true", "search.attack={name='fgsm'}"], ["search.attack", "random_start = true"]),
+        (["search.precision='bfloat16'"], ["finite_difference", "first_order"]),
+        (["search.precision='float16'"], ["search.precision", "bfloat16"]),
+        (["search.architecture_every=0"], ["search: architecture_every"]),
+        (["search.partial_chanels=2"], ["did you mean 'partial_channels'?"]),
+    ],
+)
+def test_speed_options_are_checked_before_anything_runs(overrides: list[str], words: list[str]) -> None:
+    message = refusal(*overrides)
+    for word in words:
+        assert word in message, message
