@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from nas.folding import constant_convolutions
 from search_spaces.layers import constant_weights
 
 
@@ -17,7 +18,8 @@ def crafting(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[No
     """Within it, gradients reach the input only, dropout is off and nothing of the model can change.
 
     Batch normalisation uses its running statistics or, with ``batch_statistics``, those of the batch; its
-    buffers are not touched either way.
+    buffers are not touched either way. What derives from constant weights is computed once, and running statistics
+    are folded into the convolutions before them: the same function up to rounding.
     """
     modes = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -26,15 +28,17 @@ def crafting(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[No
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
-        with parametrize.cached(), constant_weights(model):
-            if batch_statistics:
-                for module, _ in modes:
-                    if isinstance(module, _BatchNorm):
-                        module.training = True
-                with frozen_statistics(model):
-                    yield
-            else:
-                yield
+        if batch_statistics:
+            for module, _ in modes:
+                if isinstance(module, _BatchNorm):
+                    module.training = True
+        with (
+            parametrize.cached(),
+            frozen_statistics(model),
+            constant_weights(model),
+            constant_convolutions(model),
+        ):
+            yield
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)

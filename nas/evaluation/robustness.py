@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nas.attacks.losses import right
 from nas.errors import InputError
 from nas.evaluation.interval import wilson
 from nas.model_state import evaluating
@@ -116,12 +117,7 @@ def evaluate(
 def _correct(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
     with torch.no_grad():
         pairs = zip(x.split(batch_size), y.split(batch_size), strict=True)
-        return torch.cat([_right(model(images), labels) for images, labels in pairs])
-
-
-def _right(logits: Tensor, y: Tensor) -> Tensor:
-    """Which samples are classified as ``y``. The argmax of NaN is the place of the NaN, and no answer."""
-    return (logits.argmax(1) == y) & ~logits.isnan().any(1)
+        return torch.cat([right(model(images), labels) for images, labels in pairs])
 
 
 def _attacked(
@@ -141,5 +137,5 @@ def _attacked(
     for rows in survivors.nonzero().squeeze(1).split(batch_size):
         x_adv = attack(model, x[rows], y[rows], generator=randomness)
         with torch.no_grad():
-            survivors[rows] = _right(model(x_adv), y[rows])
+            survivors[rows] = right(model(x_adv), y[rows])
     return survivors

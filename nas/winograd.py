@@ -1,0 +1,176 @@
+"""3x3 convolutions with constant weights on the CPU, by minimal filtering (winograd.cpp), and their input gradient.
+
+A quarter of the multiplications of the direct form: F(4x4, 3x3) of Lavin and Gray, arXiv 1509.09308. In float32 the
+relative error is of the order of 1e-6, that of the direct form of 1e-7.
+
+The kernels are compiled for this machine at first use and kept in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHANNELS = 16
+"""Channels must be a multiple of this: the lanes of the widest registers."""
+
+BLOCK = 36
+"""Tiles a thread computes at a time, at most: enough to reuse the weights, few enough to stay in its cache."""
+
+FEWEST_TILES = 32
+"""Below this many 4x4 tiles in a batch, reading the four times larger weights costs more than is saved."""
+
+
+def suits(convolution: nn.Conv2d, weight: Tensor) -> bool:
+    """Whether ``convolution`` with ``weight`` [K, C, 3, 3] has this form: 3x3, stride 1, padding 1, K and C many."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and tuple(weight.shape[2:]) == (3, 3)
+        and convolution.stride == (1, 1)
+        and convolution.dilation == (1, 1)
+        and convolution.padding in ((1, 1), "same")
+        and convolution.padding_mode == "zeros"
+        and convolution.groups == 1
+        and weight.shape[0] % CHANNELS == 0
+        and weight.shape[1] % CHANNELS == 0
+    )
+
+
+def pays(x: Tensor) -> bool:
+    """Whether a batch ``x`` [N, C, H, W] has enough tiles, and these enough pixels, to be faster than directly."""
+    if x.dim() != 4 or x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    batch, _, height, width = x.shape
+    tiles = -(-height // 4) * -(-width // 4)
+    return batch * tiles >= FEWEST_TILES and height * width >= 0.6 * 16 * tiles
+
+
+class Convolution:
+    """A 3x3 convolution with the constants ``weight`` [K, C, 3, 3] and ``bias`` [K] or None, stride 1, padding 1."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = weight.detach()
+        self.bias = None if bias is None else bias.detach().contiguous()
+        self._forward: Tensor | None = None
+        self._backward: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[N, K, H, W] of ``x`` [N, C, H, W], channels last in memory; differentiable once, with respect to ``x``."""
+        if not pays(x):
+            return F.conv2d(x, self.weight, self.bias, padding=1)
+        y: Tensor = _Differentiable.apply(x, self)
+        return y
+
+    def value(self, x: Tensor) -> Tensor:
+        """The convolution itself."""
+        if self._forward is None:
+            self._forward = _packed(self.weight)
+        return _convolved(x, self._forward, self.bias, self.weight.shape[0])
+
+    def gradient(self, y: Tensor) -> Tensor:
+        """The gradient [N, C, H, W] of the input for that of the output, ``y`` [N, K, H, W]: with turned kernels."""
+        if self._backward is None:
+            self._backward = _packed(self.weight.transpose(0, 1).flip(2, 3))
+        return _convolved(y, self._backward, None, self.weight.shape[1])
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, convolution: Convolution) -> Tensor:
+        ctx.convolution = convolution
+        return convolution.value(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.convolution.gradient(gradient), None
+
+
+def _packed(weight: Tensor) -> Tensor:
+    """``weight`` [K, C, 3, 3] at the 36 points, in the order the kernel reads it."""
+    weight = weight.contiguous()
+    packed = torch.empty(36 * weight.shape[0] * weight.shape[1])
+    library = kernels()
+    assert library is not None
+    library.winograd_pack(weight.data_ptr(), *weight.shape[:2], packed.data_ptr(), torch.get_num_threads())
+    return packed
+
+
+def _convolved(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    batch, inputs, height, width = x.shape
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = torch.empty(batch, outputs, height, width, memory_format=torch.channels_last)
+    tiles, threads = batch * -(-height // 4) * -(-width // 4), torch.get_num_threads()
+    rounds = -(-tiles // (threads * BLOCK))
+    block = -(-tiles // (threads * rounds))  # every thread gets the same number of tiles
+    library = kernels()
+    assert library is not None
+    shift = 0 if bias is None else bias.data_ptr()
+    sizes = (batch, height, width, inputs, outputs, block, threads)
+    if library.winograd_convolve(x.data_ptr(), packed.data_ptr(), shift, y.data_ptr(), *sizes):
+        raise MemoryError("no memory for the convolution")
+    return y
+
+
+@lru_cache(maxsize=1)
+def kernels() -> ctypes.CDLL | None:
+    """The compiled kernels, or None (with a warning) where they cannot be compiled."""
+    try:
+        # RTLD_NOW: what is missing is missing here, not at the first call.
+        library = ctypes.CDLL(str(_compiled()), mode=os.RTLD_NOW)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        warnings.warn(
+            f"attacks on the CPU run without fast 3x3 convolutions, about half as fast: {reason}", stacklevel=2
+        )
+        return None
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    library.winograd_pack.argtypes = [pointer, size, size, pointer, ctypes.c_int]
+    library.winograd_pack.restype = None
+    library.winograd_convolve.argtypes = [pointer] * 4 + [size] * 6 + [ctypes.c_int]
+    library.winograd_convolve.restype = ctypes.c_int
+    return library
+
+
+def _compiled() -> Path:
+    """The shared library, compiled if this machine has not done it yet."""
+    source = Path(__file__).with_name("winograd.cpp")
+    compiler = os.environ.get("CXX", "c++")
+    options = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC"]
+    known = "\0".join([source.read_text(), compiler, *options, _processor()])
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsara-nas"
+    library = cache / f"winograd-{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
+    if not library.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            made, linked = Path(folder) / "winograd.o", Path(folder) / "winograd.so"
+            # Linked without an OpenMP library: the one torch has loaded is used, so that both share their threads.
+            for command in (
+                [compiler, *options, "-c", str(source), "-o", str(made)],
+                [compiler, "-shared", str(made), "-o", str(linked)],
+            ):
+                subprocess.run(command, check=True, capture_output=True, text=True)
+            os.replace(linked, library)  # whole or not at all, whoever else compiles it now
+    return library
+
+
+def _processor() -> str:
+    """What the code is compiled for: the features of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.platform() + platform.processor()
+    return platform.machine() + next((line for line in lines if line.startswith(("flags", "Features"))), "")
