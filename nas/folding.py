@@ -10,6 +10,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,37 +21,48 @@ from nas import winograd
 from search_spaces.layers import BatchNorm2d
 
 
+@dataclass(frozen=True)
+class Followers:
+    """Modules that alone take the output of a convolution, one after the other."""
+
+    norm: nn.BatchNorm2d | None = None
+    relu: nn.ReLU | None = None
+
+
 @contextmanager
 def constant_convolutions(model: nn.Module) -> Iterator[None]:
     """Within it the weights and running statistics of ``model`` must not change and need no gradients.
 
     A batch normalisation that takes the output of a convolution, which nothing else takes, is computed within that
     convolution: (W * x + b - mean) s + shift with s = scale / sqrt(variance + eps) is a convolution with the kernels
-    s W. 3x3 convolutions of many channels are computed by ``winograd``. The same function up to rounding.
+    s W. 3x3 convolutions of many channels, and a ReLU after them, are computed by ``winograd``. The same function up
+    to rounding.
 
     Left alone are modules with a forward pass of their own, with hooks or in train mode, and normalisations with
-    batch statistics; nothing is folded in a network whose forward pass cannot be traced (see ``foldable``).
+    batch statistics; nothing is joined in a network whose forward pass cannot be traced (see ``joinable``).
     """
     replaced: list[nn.Module] = []
+
+    def replace(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+        module.forward = forward
+        replaced.append(module)
+
     try:
         with torch.no_grad():
-            folds = foldable(model)
-            fast = [
-                module
-                for module in model.modules()
-                if _plain(module, nn.Conv2d) and winograd.suits(module, module.weight)  # type: ignore[arg-type]
-            ]
+            joined = joinable(model)
+            fast = [module for module in model.modules() if _plain_convolution(module) and _suits(module)]
             if fast and winograd.kernels() is None:
                 fast = []
-            for convolution in dict.fromkeys([*folds, *fast]):
+            for convolution in dict.fromkeys([*joined, *fast]):
                 assert isinstance(convolution, nn.Conv2d)
-                norm = folds.get(convolution)
-                forward = _forward(convolution, norm, is_fast=convolution in fast, channels_last=bool(fast))
-                convolution.forward = forward  # type: ignore[method-assign,assignment]
-                replaced.append(convolution)
-                if norm is not None:
-                    norm.forward = _passes_through(norm)  # type: ignore[method-assign,assignment]
-                    replaced.append(norm)
+                followers, is_fast = joined.get(convolution, Followers()), convolution in fast
+                if followers.norm is None and not is_fast:
+                    continue
+                replace(convolution, _forward(convolution, followers, is_fast=is_fast, channels_last=bool(fast)))
+                if followers.norm is not None:
+                    replace(followers.norm, _unless_folded(followers.norm))
+                if followers.relu is not None and is_fast and followers.relu not in replaced:
+                    replace(followers.relu, _unless_rectified(followers.relu))
         yield
     finally:
         for module in replaced:
@@ -58,20 +70,23 @@ def constant_convolutions(model: nn.Module) -> Iterator[None]:
 
 
 def _forward(
-    convolution: nn.Conv2d, norm: nn.BatchNorm2d | None, *, is_fast: bool, channels_last: bool
+    convolution: nn.Conv2d, followers: Followers, *, is_fast: bool, channels_last: bool
 ) -> Callable[[Tensor], Tensor]:
-    """What ``convolution``, then ``norm``, computes, in one; nested states of the model may still undo the fold."""
-    original = convolution.forward
+    """What ``convolution`` and its followers compute, in one; nested states of the model may still undo that."""
+    original, norm = convolution.forward, followers.norm
     weight, bias = convolution.weight, convolution.bias
     if norm is not None:
         weight, bias = folded(weight, bias, norm)
-    constant = winograd.Convolution(weight, bias) if is_fast else None
+    constant = winograd.Convolution(weight, bias, rectifies=followers.relu is not None) if is_fast else None
 
     def forward(x: Tensor) -> Tensor:
         if norm is not None and norm.training:
             return original(x)
-        if constant is not None:
-            return constant(x)
+        if constant is not None and winograd.pays(x):
+            y = constant(x)
+            if constant.rectifies:
+                _mark_rectified(y)
+            return y
         if channels_last and x.dim() == 4:
             # The order of the fast convolutions, so that maps need not be rearranged on their way to them.
             x = x.contiguous(memory_format=torch.channels_last)
@@ -80,13 +95,31 @@ def _forward(
     return forward
 
 
-def _passes_through(norm: nn.BatchNorm2d) -> Callable[[Tensor], Tensor]:
+def _unless_folded(norm: nn.BatchNorm2d) -> Callable[[Tensor], Tensor]:
     original = norm.forward
 
     def forward(x: Tensor) -> Tensor:
         return original(x) if norm.training else x
 
     return forward
+
+
+def _unless_rectified(relu: nn.ReLU) -> Callable[[Tensor], Tensor]:
+    original = relu.forward
+
+    def forward(x: Tensor) -> Tensor:
+        return x if _is_rectified(x) else original(x)
+
+    return forward
+
+
+def _mark_rectified(y: Tensor) -> None:
+    y._rectified_version = y._version  # type: ignore[attr-defined]
+
+
+def _is_rectified(x: Tensor) -> bool:
+    """Whether ``x`` left a convolution without negative values, and has not been changed since."""
+    return getattr(x, "_rectified_version", None) == x._version
 
 
 def folded(weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -102,47 +135,59 @@ def folded(weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm2d) -> tuple[T
     return weight * scale.view(-1, 1, 1, 1), shift
 
 
-def foldable(model: nn.Module) -> dict[nn.Conv2d, nn.BatchNorm2d]:
-    """Convolutions and the normalisation each can take over, as seen in a symbolic trace of the forward pass.
+def joinable(model: nn.Module) -> dict[nn.Conv2d, Followers]:
+    """Convolutions and what each can take over, as seen in a symbolic trace of the forward pass.
 
-    Both are called once, at one place; the normalisation alone takes what the convolution gives; both have the same
-    type of numbers. A forward pass that cannot be traced (it depends on values or shapes) gives none.
+    That is a normalisation, then a ReLU, or one of them, each the only one to take what comes before. Convolution and
+    normalisation are called once, at one place, and have the same type of numbers. A forward pass that cannot be
+    traced (it depends on values or shapes) gives none.
     """
-    norms = [module for module in model.modules() if _plain(module, nn.BatchNorm2d, BatchNorm2d)]
-    if not norms or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return {}
+    if not any(_plain_norm(module) or _plain_relu(module) for module in model.modules()):
         return {}
     graph = _graph(model)
     if graph is None:
         return {}
     modules = dict(model.named_modules(remove_duplicate=False))
     places = Counter(map(id, modules.values()))
-    calls: Counter[int] = Counter()
-    opaque: list[str] = []  # modules the trace did not look into, and tensors it read directly
-    for node in graph.nodes:
-        if node.op == "call_module":
-            calls[id(modules[str(node.target)])] += 1
-            opaque.append(f"{node.target}.")
-        elif node.op == "get_attr":
-            opaque.append(str(node.target))
-    pairs: dict[nn.Conv2d, nn.BatchNorm2d] = {}
-    for node in graph.nodes:
-        if node.op != "call_module" or len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+    called = {node: str(node.target) for node in graph.nodes if node.op == "call_module"}
+    calls = Counter(id(modules[name]) for name in called.values())
+    # What the trace did not look into, and tensors it read directly.
+    opaque = {f"{name}." for name in called.values()} | {
+        str(node.target) for node in graph.nodes if node.op == "get_attr"
+    }
+
+    def called_once(name: str) -> bool:
+        read = any(f"{name}.".startswith(seen) or seen.startswith(f"{name}.") for seen in opaque - {f"{name}."})
+        return calls[id(modules[name])] == places[id(modules[name])] == 1 and not read
+
+    def only_taker(node: fx.Node) -> fx.Node | None:
+        """The module call that alone takes the result of ``node``, as its one argument."""
+        takers = list(node.users)
+        if len(takers) != 1 or takers[0] not in called or takers[0].args != (node,) or takers[0].kwargs:
+            return None
+        return takers[0]
+
+    found: dict[nn.Conv2d, Followers] = {}
+    for node, name in called.items():
+        convolution = modules[name]
+        if not (_plain_convolution(convolution) and called_once(name)):
             continue
-        before = node.args[0]
-        if before.op != "call_module" or list(before.users) != [node]:
-            continue
-        norm, convolution = modules[str(node.target)], modules[str(before.target)]
-        if not (_plain(convolution, nn.Conv2d) and _plain(norm, nn.BatchNorm2d, BatchNorm2d)):
-            continue
-        assert isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
-        names = f"{before.target}.", f"{node.target}."
-        elsewhere = any(
-            name.startswith(seen) or seen.startswith(name) for name in names for seen in opaque if seen not in names
-        )
-        once = all(calls[id(module)] == places[id(module)] == 1 for module in (convolution, norm))
-        if once and not elsewhere and _constant(norm, convolution.weight):
-            pairs[convolution] = norm
-    return pairs
+        assert isinstance(convolution, nn.Conv2d)
+        norm = relu = None
+        taker = only_taker(node)
+        if taker is not None and _plain_norm(follower := modules[called[taker]]):
+            assert isinstance(follower, nn.BatchNorm2d)
+            if not (called_once(called[taker]) and _constant(follower, convolution.weight)):
+                continue
+            norm, taker = follower, only_taker(taker)
+        if taker is not None and _plain_relu(follower := modules[called[taker]]):
+            assert isinstance(follower, nn.ReLU)
+            relu = follower
+        if norm is not None or relu is not None:
+            found[convolution] = Followers(norm, relu)
+    return found
 
 
 def _constant(norm: nn.BatchNorm2d, weight: Tensor) -> bool:
@@ -162,6 +207,23 @@ def _plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
         and "forward" not in vars(module)
         and not _hooked(module)
     )
+
+
+def _plain_convolution(module: nn.Module) -> bool:
+    return _plain(module, nn.Conv2d)
+
+
+def _plain_norm(module: nn.Module) -> bool:
+    return _plain(module, nn.BatchNorm2d, BatchNorm2d)
+
+
+def _plain_relu(module: nn.Module) -> bool:
+    return _plain(module, nn.ReLU)
+
+
+def _suits(module: nn.Module) -> bool:
+    assert isinstance(module, nn.Conv2d)
+    return winograd.suits(module, module.weight)
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -104,8 +104,10 @@ struct Shape {
     int64_t left(int64_t tile) const { return tile % across * STEP; }
 };
 
-// One tile of x [H, W, C] to its 36 points: v [36, plane], this tile's channels first in each plane.
-inline void transform_input(const float* x, const Shape& shape, int64_t tile, int64_t channels, float* v,
+// One tile of x [H, W, C] to its 36 points: v [36, plane], this tile's channels first in each plane. With a gate
+// [H, W, C], x counts as 0 where the gate is not positive: the gradient of a rectified map.
+template <bool GATED>
+inline void transform_input(const float* x, const float* gate, const Shape& shape, int64_t tile, int64_t channels, float* v,
                             int64_t plane) {
     const int64_t top = shape.top(tile) - 1, left = shape.left(tile) - 1;
     for (int64_t c = 0; c < channels; c += LANES) {
@@ -114,7 +116,9 @@ inline void transform_input(const float* x, const Shape& shape, int64_t tile, in
             for (int i = 0; i < SIDE; ++i) {
                 const int64_t row = top + i, col = left + j;
                 const bool inside = row >= 0 && row < shape.height && col >= 0 && col < shape.width;
-                column[i] = inside ? load(x + (row * shape.width + col) * channels + c) : Vector{};
+                const int64_t at = (row * shape.width + col) * channels + c;
+                column[i] = inside ? load(x + at) : Vector{};
+                if (GATED && inside) column[i] = load(gate + at) <= 0 ? Vector{} : column[i];
             }
             to_points(column, line);
             for (int i = 0; i < SIDE; ++i) half[i][j] = line[i];
@@ -127,6 +131,7 @@ inline void transform_input(const float* x, const Shape& shape, int64_t tile, in
 }
 
 // The 36 points m [36, plane] of a tile to its outputs in y [H, W, K].
+template <bool RECTIFIED>
 inline void transform_output(const float* m, int64_t plane, const float* bias, const Shape& shape, int64_t tile,
                              int64_t channels, float* y) {
     const int64_t top = shape.top(tile), left = shape.left(tile);
@@ -140,8 +145,11 @@ inline void transform_output(const float* m, int64_t plane, const float* bias, c
         }
         for (int i = 0; i < STEP && top + i < shape.height; ++i) {
             from_points(half[i], line);
-            for (int j = 0; j < STEP && left + j < shape.width; ++j)
-                store(y + ((top + i) * shape.width + left + j) * channels + k, line[j] + shift);
+            for (int j = 0; j < STEP && left + j < shape.width; ++j) {
+                Vector out = line[j] + shift;
+                if (RECTIFIED) out = out < 0 ? Vector{} : out;
+                store(y + ((top + i) * shape.width + left + j) * channels + k, out);
+            }
         }
     }
 }
@@ -150,43 +158,43 @@ inline void transform_output(const float* m, int64_t plane, const float* bias, c
 
 extern "C" {
 
-// weight [K, C, 3, 3] to packed [36][K / PANEL][C][PANEL] (the last panel as narrow as what is left): the kernels at
-// the points, divided by what the polynomials of to_points are there.
-void winograd_pack(const float* weight, int64_t outputs, int64_t inputs, float* packed, int threads) {
-    const double at[SIDE] = {0, A, -A, B, -B, 0};
-    const double divisors[SIDE] = {A2 * B2,
-                                   2 * A2 * (A2 - B2),
-                                   2 * A2 * (A2 - B2),
-                                   2 * B2 * (B2 - A2),
-                                   2 * B2 * (B2 - A2),
-                                   1};
-    double G[SIDE][3];
-    for (int i = 0; i < SIDE; ++i)
-        for (int j = 0; j < 3; ++j) G[i][j] = (j == 0 ? 1 : j == 1 ? at[i] : at[i] * at[i]) / divisors[i];
-    G[5][0] = G[5][1] = 0, G[5][2] = 1;  // infinity
+// taps [3, 3, C, K] to packed [36][K / PANEL][C][PANEL] (the last panel as narrow as what is left): the kernels at the
+// points, divided by what the polynomials of to_points are there.
+void winograd_pack(const float* taps, int64_t outputs, int64_t inputs, float* packed, int threads) {
+    const float a = 1 / (2 * A2 * (A2 - B2)), b = 1 / (2 * B2 * (B2 - A2)), origin = 1 / (A2 * B2);
+    const auto line = [=](Vector g0, Vector g1, Vector g2, Vector* u) {
+        const Vector p = a * (g0 + A2 * g2), q = a * A * g1, r = b * (g0 + B2 * g2), s = b * B * g1;
+        u[0] = origin * g0;
+        u[1] = p + q;
+        u[2] = p - q;
+        u[3] = r + s;
+        u[4] = r - s;
+        u[5] = g2;
+    };
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t c = 0; c < inputs; ++c)
-        for (int64_t first = 0; first < outputs; first += PANEL) {
-            const int64_t width = std::min<int64_t>(PANEL, outputs - first);
-            float panel[POINTS][PANEL];
-            for (int64_t k = 0; k < width; ++k) {
-                const float* g = weight + ((first + k) * inputs + c) * 9;
-                double half[SIDE][3];
-                for (int i = 0; i < SIDE; ++i)
-                    for (int j = 0; j < 3; ++j) half[i][j] = G[i][0] * g[j] + G[i][1] * g[3 + j] + G[i][2] * g[6 + j];
-                for (int i = 0; i < SIDE; ++i)
-                    for (int j = 0; j < SIDE; ++j)
-                        panel[i * SIDE + j][k] = float(half[i][0] * G[j][0] + half[i][1] * G[j][1] + half[i][2] * G[j][2]);
+        for (int64_t k = 0; k < outputs; k += LANES) {
+            const int64_t first = k / PANEL * PANEL, width = std::min<int64_t>(PANEL, outputs - first);
+            Vector half[3][SIDE], full[SIDE];
+            for (int j = 0; j < 3; ++j) {
+                const float* tap = taps + (j * inputs + c) * outputs + k;
+                const int64_t down = 3 * inputs * outputs;
+                line(load(tap), load(tap + down), load(tap + 2 * down), half[j]);
             }
-            for (int point = 0; point < POINTS; ++point)
-                std::copy(panel[point], panel[point] + width, packed + (point * outputs + first) * inputs + c * width);
+            for (int i = 0; i < SIDE; ++i) {
+                line(half[0][i], half[1][i], half[2][i], full);
+                for (int j = 0; j < SIDE; ++j)
+                    store(packed + ((i * SIDE + j) * outputs + first) * inputs + c * width + k - first, full[j]);
+            }
         }
 }
 
 // y [N, H, W, K] = x [N, H, W, C] * packed + bias [K] (or none). C and K are multiples of LANES.
+// gate: where it, [N, H, W, C], is not positive, x counts as 0 (or none). rectified: whether negative y become 0.
 // block: tiles a thread takes at a time. Returns 0, or 1 if there is no memory for the blocks.
-int winograd_convolve(const float* x, const float* packed, const float* bias, float* y, int64_t batch, int64_t height,
-                      int64_t width, int64_t inputs, int64_t outputs, int64_t block, int threads) {
+int winograd_convolve(const float* x, const float* gate, const float* packed, const float* bias, float* y,
+                      int rectified, int64_t batch, int64_t height, int64_t width, int64_t inputs, int64_t outputs,
+                      int64_t block, int threads) {
     const Shape shape(height, width);
     const int64_t tiles = batch * shape.tiles(), pixels = height * width;
     // Planes a power of two apart would share a few sets of the cache.
@@ -204,17 +212,25 @@ int winograd_convolve(const float* x, const float* packed, const float* bias, fl
         for (int64_t first = 0; first < tiles; first += block) {
             if (failed) continue;
             const int64_t count = std::min(block, tiles - first);
-            for (int64_t t = 0; t < count; ++t)
-                transform_input(x + (first + t) / shape.tiles() * pixels * inputs, shape, first + t, inputs,
-                                v + t * inputs, in_plane);
+            for (int64_t t = 0; t < count; ++t) {
+                const int64_t image = (first + t) / shape.tiles() * pixels * inputs;
+                if (gate)
+                    transform_input<true>(x + image, gate + image, shape, first + t, inputs, v + t * inputs, in_plane);
+                else
+                    transform_input<false>(x + image, nullptr, shape, first + t, inputs, v + t * inputs, in_plane);
+            }
             for (int point = 0; point < POINTS; ++point)
                 for (int64_t k = 0; k < outputs; k += PANEL)
                     multiply_panel<VECTORS>(int(std::min<int64_t>(PANEL, outputs - k) / LANES), count,
                                             v + point * in_plane, inputs, packed + (point * outputs + k) * inputs,
                                             m + point * out_plane + k, outputs, inputs);
-            for (int64_t t = 0; t < count; ++t)
-                transform_output(m + t * outputs, out_plane, bias, shape, first + t, outputs,
-                                 y + (first + t) / shape.tiles() * pixels * outputs);
+            for (int64_t t = 0; t < count; ++t) {
+                float* const image = y + (first + t) / shape.tiles() * pixels * outputs;
+                if (rectified)
+                    transform_output<true>(m + t * outputs, out_plane, bias, shape, first + t, outputs, image);
+                else
+                    transform_output<false>(m + t * outputs, out_plane, bias, shape, first + t, outputs, image);
+            }
         }
     }
     return failed;

@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 CHANNELS = 16
 """Channels must be a multiple of this: the lanes of the widest registers."""
 
-BLOCK = 36
+BLOCK = 64
 """Tiles a thread computes at a time, at most: enough to reuse the weights, few enough to stay in its cache."""
 
 FEWEST_TILES = 32
@@ -59,18 +58,23 @@ def pays(x: Tensor) -> bool:
 
 
 class Convolution:
-    """A 3x3 convolution with the constants ``weight`` [K, C, 3, 3] and ``bias`` [K] or None, stride 1, padding 1."""
+    """A 3x3 convolution with the constants ``weight`` [K, C, 3, 3] and ``bias`` [K] or None, stride 1, padding 1.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    rectifies: whether a ReLU is part of it.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, rectifies: bool = False) -> None:
         self.weight = weight.detach()
         self.bias = None if bias is None else bias.detach().contiguous()
+        self.rectifies = rectifies
         self._forward: Tensor | None = None
         self._backward: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[N, K, H, W] of ``x`` [N, C, H, W], channels last in memory; differentiable once, with respect to ``x``."""
-        if not pays(x):
-            return F.conv2d(x, self.weight, self.bias, padding=1)
+        """[N, K, H, W] of ``x`` [N, C, H, W], channels last in memory; differentiable once, with respect to ``x``.
+
+        Only for an ``x`` for which it ``pays``.
+        """
         y: Tensor = _Differentiable.apply(x, self)
         return y
 
@@ -78,38 +82,44 @@ class Convolution:
         """The convolution itself."""
         if self._forward is None:
             self._forward = _packed(self.weight)
-        return _convolved(x, self._forward, self.bias, self.weight.shape[0])
+        return _convolved(x, None, self._forward, self.bias, self.weight.shape[0], self.rectifies)
 
-    def gradient(self, y: Tensor) -> Tensor:
-        """The gradient [N, C, H, W] of the input for that of the output, ``y`` [N, K, H, W]: with turned kernels."""
+    def gradient(self, gradient: Tensor, y: Tensor | None) -> Tensor:
+        """That of the input [N, C, H, W] for that of the output ``y`` [N, K, H, W]: with turned kernels."""
         if self._backward is None:
             self._backward = _packed(self.weight.transpose(0, 1).flip(2, 3))
-        return _convolved(y, self._backward, None, self.weight.shape[1])
+        return _convolved(gradient, y, self._backward, None, self.weight.shape[1], False)
 
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, convolution: Convolution) -> Tensor:
         ctx.convolution = convolution
-        return convolution.value(x)
+        y = convolution.value(x)
+        if convolution.rectifies:
+            ctx.save_for_backward(y)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.convolution.gradient(gradient), None
+        (y,) = ctx.saved_tensors or (None,)
+        return ctx.convolution.gradient(gradient, y), None
 
 
 def _packed(weight: Tensor) -> Tensor:
     """``weight`` [K, C, 3, 3] at the 36 points, in the order the kernel reads it."""
-    weight = weight.contiguous()
+    taps = weight.permute(2, 3, 1, 0).contiguous()
     packed = torch.empty(36 * weight.shape[0] * weight.shape[1])
     library = kernels()
     assert library is not None
-    library.winograd_pack(weight.data_ptr(), *weight.shape[:2], packed.data_ptr(), torch.get_num_threads())
+    library.winograd_pack(taps.data_ptr(), *weight.shape[:2], packed.data_ptr(), torch.get_num_threads())
     return packed
 
 
-def _convolved(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+def _convolved(
+    x: Tensor, gate: Tensor | None, packed: Tensor, bias: Tensor | None, outputs: int, rectified: bool
+) -> Tensor:
     batch, inputs, height, width = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
     y = torch.empty(batch, outputs, height, width, memory_format=torch.channels_last)
@@ -118,9 +128,8 @@ def _convolved(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> 
     block = -(-tiles // (threads * rounds))  # every thread gets the same number of tiles
     library = kernels()
     assert library is not None
-    shift = 0 if bias is None else bias.data_ptr()
-    sizes = (batch, height, width, inputs, outputs, block, threads)
-    if library.winograd_convolve(x.data_ptr(), packed.data_ptr(), shift, y.data_ptr(), *sizes):
+    tensors = [0 if tensor is None else tensor.data_ptr() for tensor in (x, gate, packed, bias, y)]
+    if library.winograd_convolve(*tensors, int(rectified), batch, height, width, inputs, outputs, block, threads):
         raise MemoryError("no memory for the convolution")
     return y
 
@@ -140,7 +149,7 @@ def kernels() -> ctypes.CDLL | None:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     library.winograd_pack.argtypes = [pointer, size, size, pointer, ctypes.c_int]
     library.winograd_pack.restype = None
-    library.winograd_convolve.argtypes = [pointer] * 4 + [size] * 6 + [ctypes.c_int]
+    library.winograd_convolve.argtypes = [pointer] * 5 + [ctypes.c_int] + [size] * 6 + [ctypes.c_int]
     library.winograd_convolve.restype = ctypes.c_int
     return library
 

@@ -11,7 +11,7 @@ from torchvision.models import resnet18
 
 from nas import winograd
 from nas.attacks.gradient import input_gradient
-from nas.folding import constant_convolutions, foldable
+from nas.folding import constant_convolutions, joinable
 from nas.model_state import crafting
 from search_spaces.layers import BatchNorm2d
 
@@ -47,6 +47,11 @@ def _settled(model, shape=(3, 8, 8), dtype=torch.float64, seed=0):
                 parameter.add_(0.1 * torch.randn_like(parameter))
             model(2 * torch.rand(16, *shape) - 0.3)
     return model.to(dtype).eval()
+
+
+def foldable(model):
+    """Convolutions that take over a normalisation."""
+    return {convolution: after.norm for convolution, after in joinable(model).items() if after.norm is not None}
 
 
 def _blocks():
@@ -117,6 +122,40 @@ def test_what_is_folded_really_passes_the_normalisation_by():
         assert model[4].after(x) is not x, "it takes a sum"
     assert "forward" not in vars(model[0])
     assert model[1](x) is not x
+
+
+def test_a_rectified_map_in_single_precision():
+    """The ReLU after a fast convolution is part of it: used again elsewhere, changed in place or absent."""
+
+    class Rectifies(nn.Module):
+        def __init__(self, change):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 16, 3, padding=1)
+            self.conv1, self.conv2, self.conv3 = (nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))
+            self.norm, self.relu, self.classifier = nn.BatchNorm2d(16), nn.ReLU(), nn.Linear(16, 5)
+            self.change = change
+
+        def forward(self, x):
+            x = self.relu(self.conv1(self.conv(x)))
+            y = self.relu(self.norm(self.conv2(x)))
+            y = self.change(y)
+            return self.classifier(self.relu(self.conv3(self.relu(y) - 0.1) - x).mean((2, 3)))
+
+    x, y = _input(16)
+    for change, in_place in ((lambda y: y, False), (lambda y: y - 0.05, False), (lambda y: y.sub_(0.05), True)):
+        exact = _settled(Rectifies(change))
+        model = copy.deepcopy(exact).float()
+        assert [after.relu is model.relu for after in joinable(model).values()] == [True, True]
+        with torch.no_grad(), crafting(model):
+            assert float(model.conv1(torch.randn(16, 16, 8, 8)).min()) == 0
+            torch.testing.assert_close(model(x.float()).double(), exact(x), rtol=1e-4, atol=1e-5)
+        if in_place:
+            continue  # no ReLU lets its result be changed before its gradient is taken
+        expected, _ = _gradient(exact, x, y)
+        with crafting(model):
+            gradient, _, _ = input_gradient(model, x.float(), y, "cross_entropy", None)
+        close = (gradient - expected).abs() < 1e-3 * expected.abs().max()
+        assert float(close.double().mean()) > 0.99, "up to kinks"
 
 
 def _shared_convolution():
@@ -273,17 +312,20 @@ SHAPES = [(8, 16, 32, 9, 13), (2, 48, 80, 32, 32), (40, 112, 16, 7, 7), (33, 96,
 
 @pytest.mark.skipif(winograd.kernels() is None, reason="no compiler")
 @pytest.mark.parametrize(("n", "inputs", "outputs", "height", "width"), SHAPES)
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_the_fast_convolution_against_the_direct_one(n, inputs, outputs, height, width, with_bias):
+@pytest.mark.parametrize(("with_bias", "rectifies"), [(True, False), (False, False), (True, True)])
+def test_the_fast_convolution_against_the_direct_one(n, inputs, outputs, height, width, with_bias, rectifies):
     torch.manual_seed(1)
     x, gradient = torch.randn(n, inputs, height, width), torch.randn(n, outputs, height, width)
     layer = nn.Conv2d(inputs, outputs, 3, padding=1, bias=with_bias)
     assert winograd.suits(layer, layer.weight) and winograd.pays(x)
-    fast = winograd.Convolution(layer.weight, layer.bias)
+    fast = winograd.Convolution(layer.weight, layer.bias, rectifies=rectifies)
     point, exact = x.clone().requires_grad_(True), x.double().requires_grad_(True)
     y = fast(point)
     (found,) = torch.autograd.grad(y, point, gradient)
     expected = F.conv2d(exact, layer.weight.double(), layer.bias.double() if with_bias else None, padding=1)
+    if rectifies:
+        expected = expected * (y > 0)  # the sign of what is nearly zero is a matter of rounding
+        assert float(y.detach().min()) == 0
     (slope,) = torch.autograd.grad(expected, exact, gradient.double())
     for ours, theirs in ((y, expected), (found, slope)):
         assert float((ours.detach() - theirs.detach()).norm() / theirs.norm().detach()) < 2e-6
