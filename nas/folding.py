@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, fx, nn
@@ -144,7 +145,7 @@ def joinable(model: nn.Module) -> dict[nn.Conv2d, Followers]:
     """
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return {}
-    if not any(_plain_norm(module) or _plain_relu(module) for module in model.modules()):
+    if model in _UNTRACEABLE or not any(_plain_convolution(module) for module in model.modules()):
         return {}
     graph = _graph(model)
     if graph is None:
@@ -232,6 +233,11 @@ def _hooked(module: nn.Module) -> bool:
     )
 
 
+_UNTRACEABLE: WeakSet[nn.Module] = WeakSet()
+"""Networks whose forward pass could not be traced: a search attacks the same one at every step, and does not ask anew.
+The other answer is not kept: what a trace shows may change with the settings of the network."""
+
+
 class _Tracer(fx.Tracer):
     """Looks into every module but layers and those with hooks, which only real tensors may reach."""
 
@@ -249,4 +255,5 @@ def _graph(model: nn.Module) -> fx.Graph | None:
         with torch.random.fork_rng([] if device is None else [device]):
             return _Tracer().trace(shadow)
     except Exception:  # whatever a forward pass may do with what is not a tensor
+        _UNTRACEABLE.add(model)
         return None
