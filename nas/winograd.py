@@ -138,8 +138,7 @@ def _convolved(
 def kernels() -> ctypes.CDLL | None:
     """The compiled kernels, or None (with a warning) where they cannot be compiled."""
     try:
-        # RTLD_NOW: what is missing is missing here, not at the first call.
-        library = ctypes.CDLL(str(_compiled()), mode=os.RTLD_NOW)
+        library = ctypes.CDLL(str(_compiled()))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or error
         warnings.warn(
