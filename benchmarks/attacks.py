@@ -326,7 +326,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.steps, options.batches = 5, [64]
-    options.few = 4 if options.quick else 16
+    options.few = 4 if options.quick else 8
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", category=UserWarning, module="art")
     device = torch.device(options.device)

@@ -32,18 +32,23 @@ def crafting(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[No
             for module, _ in modes:
                 if isinstance(module, _BatchNorm):
                     module.training = True
-        with (
-            parametrize.cached(),
-            frozen_statistics(model),
-            constant_weights(model),
-            constant_convolutions(model),
-        ):
+        with frozen_statistics(model), constant(model):
             yield
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def constant(model: nn.Module) -> Iterator[None]:
+    """Within it weights and running statistics must not change and need no gradients: what derives from them is kept.
+
+    States within it may still switch batch normalisation to the statistics of the batch.
+    """
+    with parametrize.cached(), constant_weights(model), constant_convolutions(model):
+        yield
 
 
 @contextmanager

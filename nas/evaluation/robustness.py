@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nas.attacks.losses import right
 from nas.errors import InputError
 from nas.evaluation.interval import wilson
-from nas.model_state import evaluating
+from nas.model_state import constant, evaluating
 from nas.objective import Attack
 from nas.randomness import generator
 from nas.tensor_file import read_tree, write_tree
@@ -94,7 +94,8 @@ def evaluate(
     if progress_file is not None and progress_file.exists():
         tree = read_tree(progress_file, x.device)
         natural, masks, done = tree["natural"], tree["masks"], tree["done"]
-    with evaluating(model):
+    # One derivation for all batches; gradients of the weights are nobody's business here.
+    with evaluating(model), constant(model):
         if natural is None:
             natural = _correct(model, x, y, batch_size)
         total = sum(trial.restarts for trial in trials.values())
