@@ -9,13 +9,16 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from nas.folding import constant_convolutions
+
 
 @contextmanager
 def crafting(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[None]:
     """Within it, gradients reach the input only, dropout is off and nothing of the model can change.
 
     Batch normalisation uses its running statistics or, with ``batch_statistics``, those of the batch; its
-    buffers are not touched either way.
+    buffers are not touched either way. What derives from constant weights is computed once, and running statistics
+    are folded into the convolutions before them: the same function up to rounding.
     """
     modes = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -24,20 +27,27 @@ def crafting(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[No
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
-        with parametrize.cached():
-            if batch_statistics:
-                for module, _ in modes:
-                    if isinstance(module, _BatchNorm):
-                        module.training = True
-                with frozen_statistics(model):
-                    yield
-            else:
-                yield
+        if batch_statistics:
+            for module, _ in modes:
+                if isinstance(module, _BatchNorm):
+                    module.training = True
+        with frozen_statistics(model), constant(model):
+            yield
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def constant(model: nn.Module) -> Iterator[None]:
+    """Within it weights and running statistics must not change and need no gradients: what derives from them is kept.
+
+    States within it may still switch batch normalisation to the statistics of the batch.
+    """
+    with parametrize.cached(), constant_convolutions(model):
+        yield
 
 
 @contextmanager

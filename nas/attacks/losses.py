@@ -37,3 +37,8 @@ def kl(logits: Tensor, y: Tensor, clean_logits: Tensor | None) -> Tensor:
 LOSSES: dict[str, AttackLoss] = {"cross_entropy": cross_entropy, "margin": margin, "kl": kl}
 
 NEEDS_CLEAN_LOGITS = frozenset({"kl"})
+
+
+def right(logits: Tensor, y: Tensor) -> Tensor:
+    """Which samples [N] are classified as ``y``. The argmax of NaN is the place of the NaN, and no answer."""
+    return (logits.argmax(1) == y) & ~logits.isnan().any(1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nas.attacks.gradient import check_loss, check_start, clean_logits_for, input_gradient
-from nas.attacks.losses import LOSSES
+from nas.attacks.losses import LOSSES, right
 from nas.errors import InputError
 from nas.model_state import crafting
 from nas.threat_model import ThreatModel
@@ -22,6 +22,8 @@ class Pgd:
     Madry et al., ICLR 2018, arXiv 1706.06083. step_size is in pixel units; 0 means 2.5 epsilon / steps, but no more
     than epsilon. keep: "last" iterate (as in training) or, per sample, the one of highest loss ("best").
     statistics: which batch-norm statistics the network uses meanwhile; neither changes its buffers.
+    stop_when_broken: a sample stays at its first misclassified iterate, the start included, and costs nothing from
+    there on. Meant for evaluation: a sample broken without it is broken with it; training wants the highest loss.
     """
 
     threat_model: ThreatModel = field(default_factory=ThreatModel)
@@ -31,6 +33,7 @@ class Pgd:
     random_start: bool = True
     keep: Literal["last", "best"] = "last"
     statistics: Literal["running", "batch"] = "running"
+    stop_when_broken: bool = False
 
     def __post_init__(self) -> None:
         check_loss(self.loss)
@@ -39,6 +42,11 @@ class Pgd:
             raise InputError(f"attack steps must be at least 1, not {self.steps}")
         if not self.step_size >= 0:
             raise InputError(f"attack step_size must be at least 0 (0 = automatic), not {self.step_size}")
+        if self.stop_when_broken and self.statistics == "batch":
+            raise InputError(
+                "stop_when_broken needs statistics = 'running': with those of the batch, samples that stop "
+                "would change what the others see"
+            )
 
     @property
     def step(self) -> float:
@@ -52,27 +60,71 @@ class Pgd:
 
         start: images in the ball around ``x`` to begin from, instead of a random start or ``x`` itself.
         """
-        threat_model, geometry = self.threat_model, self.threat_model.geometry
+        threat_model = self.threat_model
         with crafting(model, batch_statistics=self.statistics == "batch"):
             clean_logits = clean_logits_for(self.loss, model, x)
             x_adv = start
             if x_adv is None:
                 x_adv = threat_model.random_start(x, generator) if self.random_start else x
-            best, best_losses = x_adv, torch.full((len(x),), -torch.inf, device=x.device, dtype=x.dtype)
-            for _ in range(self.steps):
-                gradient, losses, _ = input_gradient(model, x_adv, y, self.loss, clean_logits)
-                if self.keep == "best":
-                    best, best_losses = _better(best, best_losses, x_adv, losses)
-                x_adv = threat_model.project(x_adv + self.step * geometry.steepest(gradient), x)
+            if not self.stop_when_broken:
+                return self._walk(model, x_adv, x, y, clean_logits)
+            return self._walk_until_broken(model, x_adv, x, y, clean_logits)
+
+    def _walk(self, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor, clean_logits: Tensor | None) -> Tensor:
+        """All steps, every sample."""
+        best, best_losses = x_adv, torch.full((len(x),), -torch.inf, device=x.device, dtype=x.dtype)
+        for _ in range(self.steps):
+            gradient, losses, _ = input_gradient(model, x_adv, y, self.loss, clean_logits)
             if self.keep == "best":
-                with torch.no_grad():
-                    losses = LOSSES[self.loss](model(x_adv), y, clean_logits)
-                x_adv, _ = _better(best, best_losses, x_adv, losses)
+                best, best_losses = _better(best, best_losses, x_adv, losses)
+            x_adv = self._stepped(x_adv, gradient, x)
+        if self.keep == "best":
+            with torch.no_grad():
+                losses = LOSSES[self.loss](model(x_adv), y, clean_logits)
+            x_adv, _ = _better(best, best_losses, x_adv, losses)
         return x_adv
+
+    def _walk_until_broken(
+        self, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor, clean_logits: Tensor | None
+    ) -> Tensor:
+        """The same steps, each sample until it is misclassified; ``rows`` are those that still are not."""
+        result = x_adv.clone()
+        rows = torch.arange(len(x), device=x.device)
+        best, best_losses = x_adv, torch.full((len(x),), -torch.inf, device=x.device, dtype=x.dtype)
+        for step in range(self.steps + 1):
+            if step < self.steps:
+                gradient, losses, logits = input_gradient(model, x_adv, y, self.loss, clean_logits)
+            elif self.keep == "best":
+                gradient = x_adv  # no step follows
+                with torch.no_grad():
+                    logits = model(x_adv)
+                    losses = LOSSES[self.loss](logits, y, clean_logits)
+            else:
+                break  # nothing depends on whether the last iterate breaks its sample
+            if self.keep == "best":
+                best, best_losses = _better(best, best_losses, x_adv, losses)
+            held = right(logits, y)
+            if not bool(held.all()):
+                result[rows[~held]] = x_adv[~held]
+                rows, x_adv, x, y, gradient = rows[held], x_adv[held], x[held], y[held], gradient[held]
+                best, best_losses = best[held], best_losses[held]
+                clean_logits = None if clean_logits is None else clean_logits[held]
+                if len(rows) == 0:
+                    return result
+            if step < self.steps:
+                x_adv = self._stepped(x_adv, gradient, x)
+        result[rows] = best if self.keep == "best" else x_adv
+        return result
+
+    def _stepped(self, x_adv: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
+        """The next iterate."""
+        threat_model = self.threat_model
+        return threat_model.project(x_adv + self.step * threat_model.geometry.steepest(gradient), x)
 
     def __str__(self) -> str:
         start = "random start" if self.random_start else "no random start"
-        return f"PGD-{self.steps}, {self.threat_model}, step {self.step:.6g}, {self.loss}, {start}, {self.keep} iterate"
+        kept = f"{self.keep} iterate" + (", stops when broken" if self.stop_when_broken else "")
+        return f"PGD-{self.steps}, {self.threat_model}, step {self.step:.6g}, {self.loss}, {start}, {kept}"
 
 
 def _better(best: Tensor, best_losses: Tensor, x_adv: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nas.attacks.losses import right
 from nas.errors import InputError
 from nas.evaluation.interval import wilson
-from nas.model_state import evaluating
+from nas.model_state import constant, evaluating
 from nas.objective import Attack
 from nas.randomness import generator
 from nas.tensor_file import read_tree, write_tree
@@ -93,7 +94,8 @@ def evaluate(
     if progress_file is not None and progress_file.exists():
         tree = read_tree(progress_file, x.device)
         natural, masks, done = tree["natural"], tree["masks"], tree["done"]
-    with evaluating(model):
+    # One derivation for all batches; gradients of the weights are nobody's business here.
+    with evaluating(model), constant(model):
         if natural is None:
             natural = _correct(model, x, y, batch_size)
         total = sum(trial.restarts for trial in trials.values())
@@ -116,12 +118,7 @@ def evaluate(
 def _correct(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
     with torch.no_grad():
         pairs = zip(x.split(batch_size), y.split(batch_size), strict=True)
-        return torch.cat([_right(model(images), labels) for images, labels in pairs])
-
-
-def _right(logits: Tensor, y: Tensor) -> Tensor:
-    """Which samples are classified as ``y``. The argmax of NaN is the place of the NaN, and no answer."""
-    return (logits.argmax(1) == y) & ~logits.isnan().any(1)
+        return torch.cat([right(model(images), labels) for images, labels in pairs])
 
 
 def _attacked(
@@ -141,5 +138,5 @@ def _attacked(
     for rows in survivors.nonzero().squeeze(1).split(batch_size):
         x_adv = attack(model, x[rows], y[rows], generator=randomness)
         with torch.no_grad():
-            survivors[rows] = _right(model(x_adv), y[rows])
+            survivors[rows] = right(model(x_adv), y[rows])
     return survivors

@@ -270,7 +270,7 @@ def _run(call: _Edges, x: Tensor, backward_pass: int) -> None:
     if loaded is None:
         raise RuntimeError("the native kernels are not there")
     function = loaded.edges_float if x.dtype == torch.float32 else loaded.edges_double
-    status = function(ctypes.addressof(call), backward_pass)
+    status = function(ctypes.c_void_p(ctypes.addressof(call)), ctypes.c_int(backward_pass))
     if status == 1:
         raise torch.OutOfMemoryError("the native kernels could not get memory for their intermediate maps")
     if status:

@@ -1,4 +1,4 @@
-"""The compiled kernels: built from ``edges.cpp`` by the system's C++ compiler at first use and kept in a cache.
+"""C++ kernels, compiled by the system's compiler at first use for the processor at hand, and kept in a cache.
 
 Without a compiler everything runs on torch's own operations, to the same numbers and several times slower;
 ``why_not`` then says why. DSARA_NATIVE=0 switches the kernels off.
@@ -18,50 +18,54 @@ from pathlib import Path
 
 from filelock import FileLock
 
-SOURCE = Path(__file__).with_name("edges.cpp")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-w")
+EDGES = Path(__file__).with_name("edges.cpp")
+
+
+def load(source: Path) -> ctypes.CDLL | None:
+    """The compiled ``source``, or None where it cannot be had or kernels are switched off."""
+    return None if os.environ.get("DSARA_NATIVE") == "0" else _built(source)[0]
 
 
 def library() -> ctypes.CDLL | None:
-    """The kernels, or None where they cannot be had or are switched off."""
-    return None if os.environ.get("DSARA_NATIVE") == "0" else _built()[0]
+    """The kernels of cells."""
+    return load(EDGES)
 
 
 def why_not() -> str:
     """Why ``library`` is None; empty where it is not."""
     if os.environ.get("DSARA_NATIVE") == "0":
         return "switched off by DSARA_NATIVE=0"
-    return _built()[1]
+    return _built(EDGES)[1]
 
 
 def is_compiled() -> bool:
     """Whether ``library`` answers at once."""
     if os.environ.get("DSARA_NATIVE") == "0":
         return True
-    place = _place()
+    place = _place(EDGES)
     return isinstance(place, str) or place[1].exists()
 
 
-def _place() -> tuple[list[str], Path] | str:
+def _place(source: Path) -> tuple[list[str], Path] | str:
     """The compiler and where its product lies; or why there is no compiler."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     try:
         version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return f"no C++ compiler ('{compiler[0]}' does not run): install one, e.g. g++, or set CXX"
-    key = hashlib.sha256(
-        "\0".join([SOURCE.read_text(), *FLAGS, *compiler, version, platform.machine(), _processor()]).encode()
-    ).hexdigest()[:24]
+    known = [source.read_text(), *FLAGS, *compiler, version, platform.machine(), _processor()]
+    key = hashlib.sha256("\0".join(known).encode()).hexdigest()[:24]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsara-nas"
-    return compiler, folder / f"{SOURCE.stem}-{key}.so"
+    return compiler, folder / f"{source.stem}-{key}.so"
 
 
-@lru_cache(maxsize=1)
-def _built() -> tuple[ctypes.CDLL | None, str]:
+@lru_cache(maxsize=8)
+def _built(source: Path) -> tuple[ctypes.CDLL | None, str]:
     # torch's OpenMP runtime must be the one that is found: two of them would fight for the cores.
     import torch  # noqa: F401
 
-    place = _place()
+    place = _place(source)
     if isinstance(place, str):
         return None, place
     compiler, path = place
@@ -69,25 +73,23 @@ def _built() -> tuple[ctypes.CDLL | None, str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             if not path.exists():
-                _compile(compiler, path)
+                _compile(compiler, source, path)
     except OSError as error:
         return None, f"the kernels' cache {path.parent} cannot be written: {error}"
     except subprocess.CalledProcessError as error:
-        return None, f"'{compiler[0]}' did not compile the kernels: {error.stderr.strip().splitlines()[:1]}"
+        return None, f"'{compiler[0]}' did not compile {source.name}: {error.stderr.strip().splitlines()[:1]}"
     try:
-        loaded = ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(path)), ""
     except OSError as error:
         return None, f"the kernels do not load: {error}"
-    for name in ("edges_float", "edges_double"):
-        getattr(loaded, name).argtypes = [ctypes.c_void_p, ctypes.c_int]
-    return loaded, ""
 
 
-def _compile(compiler: list[str], path: Path) -> None:
+def _compile(compiler: list[str], source: Path, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         result = Path(folder) / path.name
-        subprocess.run([*compiler, *FLAGS, str(SOURCE), "-o", str(result)], capture_output=True, text=True, check=True)
-        os.replace(result, path)
+        command = [*compiler, *FLAGS, str(source), "-o", str(result)]
+        subprocess.run(command, capture_output=True, text=True, check=True)
+        os.replace(result, path)  # whole or not at all
 
 
 def _processor() -> str:

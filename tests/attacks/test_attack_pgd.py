@@ -101,6 +101,52 @@ def test_pgd_starts_where_the_threat_model_draws(threat_model):
     assert torch.equal(seen[0], x)
 
 
+def _robust(model, x, y):
+    with torch.no_grad():
+        return model(x).argmax(1) == y
+
+
+@pytest.mark.parametrize("threat_model", THREATS, ids=str)
+@pytest.mark.parametrize("keep", ["last", "best"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_sample_that_stops_when_broken_stays_at_its_first_misclassified_iterate(threat_model, keep, loss):
+    """Labels are what the network says, but for a few: those are broken from the start."""
+    model, (x, _) = _network(torch.float64), _images(40, torch.float64)
+    y = model(x).argmax(1)
+    y[:3] = (y[:3] + 1) % 4
+    settings = {"steps": 12, "step_size": 0.4 * threat_model.epsilon, "loss": loss, "keep": keep}
+    seen = []
+    handle = model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().clone()))
+    full = Pgd(threat_model, **settings)(model, x, y, generator=_generator())
+    handle.remove()
+    iterates = seen[1:] if loss == "kl" else list(seen)
+    if keep == "last":
+        iterates = [*iterates, full]
+    broken = torch.stack([~_robust(model, iterate, y) for iterate in iterates])
+    handle = model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().clone()))
+    seen.clear()
+    stopped = Pgd(threat_model, stop_when_broken=True, **settings)(model, x, y, generator=_generator())
+    handle.remove()
+    for row in range(len(x)):
+        if bool(broken[:, row].any()):
+            first = int(broken[:, row].int().argmax())
+            torch.testing.assert_close(stopped[row], iterates[first][row], rtol=0, atol=1e-9)
+        else:
+            torch.testing.assert_close(stopped[row], full[row], rtol=0, atol=1e-9)
+    assert 3 < int(broken.any(0).sum()) < len(x), "some must break on the way and some never"
+    assert not bool((_robust(model, stopped, y) & ~_robust(model, full, y)).any()), "never weaker"
+    sizes = [len(images) for images in (seen[1:] if loss == "kl" else seen)]
+    survivors = [int((~broken[:step].any(0)).sum()) for step in range(len(sizes))]
+    assert sizes == survivors, "broken samples cost nothing"
+
+
+def test_a_batch_that_is_broken_throughout_is_returned_at_once():
+    model, (x, _) = _network(), _images()
+    y = (model(x).argmax(1) + 1) % 4
+    attack = Pgd(random_start=False, stop_when_broken=True)
+    assert torch.equal(attack(model, x, y, generator=_generator()), x)
+
+
 def test_every_iterate_is_in_the_ball():
     model, (x, y) = _network(), _images()
     for threat_model in THREATS:
@@ -141,6 +187,7 @@ def test_wrong_settings_are_refused():
         (Pgd, {"step_size": -0.1}),
         (Pgd, {"step_size": float("nan")}),
         (Pgd, {"loss": "cross-entropy"}),
+        (Pgd, {"statistics": "batch", "stop_when_broken": True}),
         (Fgsm, {"loss": "margins"}),
     ):
         with pytest.raises(InputError):
