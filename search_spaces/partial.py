@@ -8,11 +8,14 @@ not part of it: nodes keep their edges by the mixing weights, as without partial
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from search_spaces.mixed import MixedEdges
+from search_spaces.native import functions, norms
 from search_spaces.native.functions import concatenate
 from search_spaces.network import cell_input
 from search_spaces.supernet import edge_row
@@ -57,8 +60,9 @@ class PartialCell(nn.Module):
             if source >= 2:
                 values.append(self._node(mixed[source - 2], past, source))
                 past.append(bypass(values[source], self.passing, 1))
-            maps = edges(values[source][:, : self.passing], weights.index_select(0, getattr(self, f"rows{source}")))
-            for node, map_ in zip(range(max(source - 1, 0), self.nodes), maps.unbind(0), strict=True):
+            own = weights.index_select(0, getattr(self, f"rows{source}"))
+            maps = _mixed(edges, values[source][:, : self.passing], own)  # type: ignore[arg-type]
+            for node, map_ in zip(range(max(source - 1, 0), self.nodes), maps, strict=True):
                 total = mixed[node]
                 mixed[node] = map_ if total is None else total + map_
         values.append(self._node(mixed[-1], past, self.nodes + 1))
@@ -68,6 +72,27 @@ class PartialCell(nn.Module):
         """A node from the sum of its mixed edges and what went past on the edges from the first ``sources`` values."""
         assert mixed is not None
         return joined(mixed, added(past[:sources]))
+
+
+def _mixed(edges: MixedEdges, x: Tensor, weights: Tensor) -> Sequence[Tensor]:
+    """``edges(x, weights)``: one map [N, C, H', W'] an edge, on the native kernels where they take ``x``."""
+    found = None
+    if norms.runs(x) and not norms.hooked(edges):
+        found = norms.statistics(edges.norms(), x)
+    if found is None:
+        return edges(x, weights).unbind(0)
+    parameters = edges.weights()
+
+    def reference(x: Tensor, mixing: Tensor, *given: Tensor) -> Tensor:
+        if any(a is not b for a, b in zip(given, parameters, strict=True)):
+            raise RuntimeError("a second derivative of edges needs their parameters to be leaves of the graph")
+        maps = edges.mix(x, mixing.view(edges.edges, -1), record=False)
+        return maps.transpose(0, 1).flatten(1, 2)
+
+    mixing = weights.index_select(1, edges.column_index).flatten()
+    out = functions.Edges.apply(edges.source, functions.Run([found], reference), x, mixing, *parameters)
+    norms.record(edges.norms(), found, out.shape[0] * out.shape[2] * out.shape[3])
+    return out.split(edges.channels, dim=1)
 
 
 def passing_channels(channels: int, share: int) -> int:

@@ -74,6 +74,48 @@ class Operation(torch.autograd.Function):
         return None, None, None if g_x is None else _batch_first(g_x), *_only(g_parameters, wanted[1:])
 
 
+class Edges(torch.autograd.Function):
+    """The edges leaving one node: x [N, C, H, W] and mixing weights -> [N, E * C', H', W'], batch last in memory.
+
+    mixing: flat, [edges, columns].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, source: Source, run: Run, x: Tensor, mixing: Tensor, *parameters: Tensor) -> Tensor:
+        rows, mixing = batch_last(x), mixing.contiguous()
+        out = rows.new_empty(_output_shape(source, rows, source.edges * source.out_channels))
+        targets = out.split(source.out_channels)
+        add = [False] * len(targets)
+        kept = edges.forward(source, rows, mixing, parameters, run.statistics[0], targets, add)
+        ctx.source, ctx.run = source, run
+        ctx.save_for_backward(x, mixing, *parameters, *kept.tensors())
+        return _batch_first(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        source, wanted = ctx.source, ctx.needs_input_grad[2:]
+        inputs = ctx.saved_tensors[: len(wanted)]
+        if torch.is_grad_enabled():
+            return None, None, *_by_reference(ctx.run.reference, inputs, wanted, gradients[0])
+        x, mixing, *parameters = inputs
+        kept = _kept(source, iter(ctx.saved_tensors[len(wanted) :]))
+        rows = batch_last(x)
+        g_x = torch.empty_like(rows) if wanted[0] else None
+        g_mixing = mixing.new_empty(mixing.shape, dtype=torch.float64)
+        g_parameters = [torch.empty_like(p) for p in parameters] if any(wanted[2:]) else None
+        edges.backward(
+            source, rows, mixing, parameters, ctx.run.statistics[0], kept,
+            batch_last(gradients[0]).split(source.out_channels), g_x, False, g_mixing, g_parameters,
+        )  # fmt: skip
+        return (
+            None,
+            None,
+            None if g_x is None else _batch_first(g_x),
+            g_mixing.to(mixing.dtype) if wanted[1] else None,
+            *_only(g_parameters, wanted[2:]),
+        )
+
+
 class Cell(torch.autograd.Function):
     """A cell of the supernet: two inputs [N, C, H, W] and mixing weights -> [N, nodes * C, H', W'], batch last.
 
