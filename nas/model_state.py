@@ -46,7 +46,8 @@ def constant(model: nn.Module) -> Iterator[None]:
 
     States within it may still switch batch normalisation to the statistics of the batch.
     """
-    with parametrize.cached(), constant_convolutions(model):
+    # Traced before anything is cached: what a trace computes is no weight.
+    with constant_convolutions(model), parametrize.cached():
         yield
 
 

@@ -66,8 +66,9 @@ def record(norms: Sequence[nn.BatchNorm2d], found: Statistics, count: int) -> No
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
         momentum = norm.momentum if norm.momentum is not None else 1 / float(norm.num_batches_tracked or 1)
-        norm.running_mean.lerp_(mean, momentum)
-        norm.running_var.lerp_(variance.to(norm.running_var.dtype), momentum)
+        # As in torch's own, a graph that is still alive may have read them: no new version for autograd.
+        norm.running_mean.data.lerp_(mean, momentum)
+        norm.running_var.data.lerp_(variance.to(norm.running_var.dtype), momentum)
 
 
 def hooked(*modules: nn.Module) -> bool:
