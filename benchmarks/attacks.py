@@ -267,7 +267,7 @@ def measure(name: str, x: Tensor, y: Tensor, network: nn.Module, options: argpar
             for run in runs.values():
                 run()
         report[f"pgd batch {batch}"] = rates(interleaved(runs, options.rounds, device), batch, "ours")
-        both = {"stop_when_broken": stops, "all steps": runs["ours"]}
+        both: dict[str, Callable[[], Any]] = {"stop_when_broken": stops, "all steps": runs["ours"]}
         report[f"stop_when_broken batch {batch}"] = rates(
             interleaved(both, options.rounds, device), batch, "stop_when_broken"
         )
