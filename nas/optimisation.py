@@ -70,9 +70,10 @@ def weight_step(
     gradients: list[Tensor | None] = list(torch.autograd.grad(loss, parameters, allow_unused=True))
     if clip:
         # Not in place: autograd hands out one tensor for two weights that are added, and expanded ones for sums.
-        norm = nn.utils.get_total_norm([g for g in gradients if g is not None], foreach=True)
-        shrink = (clip / (norm + 1e-6)).clamp_max(1.0)
-        gradients = [None if g is None else g * shrink for g in gradients]
+        used = [gradient for gradient in gradients if gradient is not None]
+        shrink = (clip / (nn.utils.get_total_norm(used, foreach=True) + 1e-6)).clamp_max(1.0)
+        shrunk = iter(torch._foreach_mul(used, shrink))
+        gradients = [None if gradient is None else next(shrunk) for gradient in gradients]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     for group in optimiser.param_groups:

@@ -186,14 +186,7 @@ def search(
     if settings.precision == "bfloat16":
         check_bfloat16(device)
     supernet = _supernet(space, data, settings, seed)
-    weights, architecture = supernet.weight_parameters(), supernet.architecture_parameters()
-    optimiser = settings.weights.optimiser(weights)
-    adam = torch.optim.Adam(
-        architecture,
-        lr=settings.architecture.learning_rate,
-        betas=settings.architecture.betas,
-        weight_decay=settings.architecture.weight_decay,
-    )
+    optimiser, adam = optimisers(supernet, settings)
     records: list[Record] = []
     if checkpoint is not None and checkpoint.exists():
         tree = read_tree(checkpoint, device)
@@ -217,20 +210,14 @@ def search(
         for step, (batch, held_out) in enumerate(_paired(data, split, settings, seed, epoch, steps)):
             progress = (epoch + step / steps) / settings.epochs
             state = State(epoch, epoch * steps + step, progress, attack_generator, method_generator)
-            rate = settings.weights.rate(progress)
             if isinstance(supernet, SampledSupernet) and isinstance(settings.relaxation, SampledPath):
                 supernet.draw(path_generator, settings.relaxation.temperature(progress))
-            frozen_weight_objective = _with_fixed_attack(weight_objective, supernet, batch, state, memory)
-            if step % settings.architecture_every == 0:
-                values = _architecture_step(
-                    supernet, settings, stage, objectives, frozen_weight_objective, batch, held_out, state, rate,
-                    optimiser, adam, memory,
-                )  # fmt: skip
-                _add_means(sums, values, architecture_steps)
-            loss, metrics = frozen_weight_objective(supernet, batch, state)
-            weight_step(loss, weights, optimiser, rate, settings.weights.clip)
-            values = {"weight_loss": float(loss.detach()), "weight_accuracy": float(metrics["accuracy"])}
-            _add_means(sums, values, steps)
+            architecture_values, weight_values = take_step(
+                supernet, settings, stage, weight_objective, objectives, batch,
+                held_out if step % settings.architecture_every == 0 else None, state, optimiser, adam, memory,
+            )  # fmt: skip
+            _add_means(sums, architecture_values, architecture_steps)
+            _add_means(sums, weight_values, steps)
             tick((epoch + (step + 1) / steps) / settings.epochs)
         if not all(map(math.isfinite, sums.values())):
             raise Diverged(
@@ -255,6 +242,46 @@ def search(
     mixing = {kind: table.detach().cpu() for kind, table in supernet.mixing_weights().items()}
     warnings = [warning for record in records for warning in record["warnings"]]
     return SearchResult(space.discretise(mixing), mixing, records, warnings)
+
+
+def optimisers(supernet: Supernet, settings: Search) -> tuple[torch.optim.SGD, torch.optim.Adam]:
+    """The optimisers of the weights and of the architecture parameters."""
+    adam = torch.optim.Adam(
+        supernet.architecture_parameters(),
+        lr=settings.architecture.learning_rate,
+        betas=settings.architecture.betas,
+        weight_decay=settings.architecture.weight_decay,
+    )
+    return settings.weights.optimiser(supernet.weight_parameters()), adam
+
+
+def take_step(
+    supernet: Supernet,
+    settings: Search,
+    stage: Stage,
+    weight_objective: Objective,
+    objectives: Mapping[str, Objective],
+    batch: Batch,
+    held_out: Batch | None,
+    state: State,
+    optimiser: torch.optim.SGD,
+    adam: torch.optim.Adam,
+    memory: PerturbationMemory | None = None,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """One step of the search: the architecture on ``held_out`` (None: it rests), then the weights on ``batch``.
+
+    The supernet is in train mode. Returns what the architecture's and the weights' part are logged with.
+    """
+    rate = settings.weights.rate(state.progress)
+    frozen = _with_fixed_attack(weight_objective, supernet, batch, state, memory)
+    values: dict[str, float] = {}
+    if held_out is not None:
+        values = _architecture_step(
+            supernet, settings, stage, objectives, frozen, batch, held_out, state, rate, optimiser, adam, memory
+        )
+    loss, metrics = frozen(supernet, batch, state)
+    weight_step(loss, supernet.weight_parameters(), optimiser, rate, settings.weights.clip)
+    return values, {"weight_loss": float(loss.detach()), "weight_accuracy": float(metrics["accuracy"])}
 
 
 def _supernet(space: CellSpace, data: ImageData, settings: Search, seed: int) -> Supernet:
