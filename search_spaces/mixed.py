@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from search_spaces.layers import avg_pool, max_pool, offset_halves, padding_of
-from search_spaces.native.edges import DEPTHWISE, HALVES, Convolution, Slot, Source
+from search_spaces.native.cells import Part
+from search_spaces.native.program import DEPTHWISE, HALVES, Convolution, Slot, Source
 from search_spaces.operations import OPERATIONS
 
 
@@ -107,6 +108,10 @@ class MixedEdges(nn.Module):
         """The parameters in the order of ``source``'s slots."""
         halves = [weight for weight in (self.halves_even, self.halves_odd) if weight is not None]
         return [*self.depthwise1, *self.depthwise2, self.pointwise1, self.pointwise2, *halves]
+
+    def part(self) -> Part:
+        """These edges for the native kernels."""
+        return Part(self.source, self.weights(), self.norms(), lambda x, mixing: self.mix(x, mixing, record=False))
 
     def _source(self) -> Source:
         """This module as the native kernels see it."""

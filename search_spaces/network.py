@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from search_spaces import operations
 from search_spaces.genotype import Cell, Genotype
 from search_spaces.layers import Normalise
-from search_spaces.native.functions import concatenate
-from search_spaces.operations import FactorisedReduce, ReluConvBn
+from search_spaces.native.cells import Part, Wiring, concatenate, run
+from search_spaces.operations import FactorisedReduce, ReluConvBn, part_of
 
 
 class DiscreteCell(nn.Module):
@@ -37,7 +37,16 @@ class DiscreteCell(nn.Module):
             for edge in node
         )
 
+        self.channels = channels
+        # Values: both inputs, both brought to ``channels``, the nodes.
+        nodes = range(4, 4 + len(cell.nodes))
+        edges = [(edge.source + 2, node) for node, incoming in zip(nodes, cell.nodes, strict=True) for edge in incoming]
+        self.wiring = Wiring((0, 1, *(x for x, _ in edges)), ((2,), (3,), *((node,) for _, node in edges)), [*nodes])
+
     def forward(self, input0: Tensor, input1: Tensor) -> Tensor:
+        y = self._natively(input0, input1)
+        if y is not None:
+            return y
         nodes = [self.preprocess0(input0), self.preprocess1(input1)]
         modules = iter(self.operations)
         for incoming in self.cell.nodes:
@@ -46,6 +55,16 @@ class DiscreteCell(nn.Module):
                 total = total + next(modules)(nodes[edge.source])
             nodes.append(total)
         return concatenate(nodes[2:])
+
+    def _natively(self, input0: Tensor, input1: Tensor) -> Tensor | None:
+        """The whole cell in one call of the native kernels, where they know everything in it."""
+        parts: list[Part] = []
+        for module in (self.preprocess0, self.preprocess1, *self.operations):
+            part = part_of(module, self.channels)
+            if part is None:
+                return None
+            parts.append(part)
+        return run(self.wiring, parts, [input0, input1], None, self)
 
 
 class AuxiliaryHead(nn.Module):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from search_spaces.layers import DepthwiseConv2d, PointwiseConv2d, avg_pool, max_pool, offset_halves
-from search_spaces.native.operation import DEPTHWISE, HALVES, POINTWISE, evaluate, pool, single
+from search_spaces.native.cells import DEPTHWISE, HALVES, POINTWISE, Part, evaluate, pool, single, skip, staged
 
 
 @dataclass(frozen=True)
@@ -61,39 +61,49 @@ class SeparableConv(nn.Sequential):
         super().__init__(*stages)
         self.source = single(DEPTHWISE, channels, channels, stride, kernel=kernel, dilation=dilation, repeats=repeats)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def part(self) -> Part | None:
+        """This operation for the native kernels; None where a layer was exchanged for one they do not know."""
         modules: list[Any] = list(self)
         kinds = (nn.ReLU, DepthwiseConv2d, PointwiseConv2d, nn.BatchNorm2d)
-        y = None
-        if all(isinstance(module, kinds[i % 4]) for i, module in enumerate(modules)):
-            stages = [
-                ((modules[i + 1].weight, modules[i + 2].weight), modules[i + 3]) for i in range(0, len(modules), 4)
-            ]
-            y = evaluate(self.source, x, stages, self)
+        if not all(isinstance(module, kinds[i % 4]) for i, module in enumerate(modules)):
+            return None
+        stages = range(0, len(modules), 4)
+        return staged(self.source, [((modules[i + 1].weight, modules[i + 2].weight), modules[i + 3]) for i in stages])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = evaluate(self.part(), x, self)
         return super().forward(x) if y is None else y
 
 
 class MaxPool(nn.Module):
     """3x3 max pooling."""
 
-    def __init__(self, stride: int) -> None:
+    def __init__(self, channels: int, stride: int) -> None:
         super().__init__()
-        self.stride = stride
+        self.channels, self.stride = channels, stride
+
+    def part(self) -> Part:
+        """This operation for the native kernels."""
+        return Part(pool("max_pool", self.channels, self.stride))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = evaluate(pool("max_pool", x.shape[1], self.stride), x, (), self)
+        y = evaluate(self.part(), x, self)
         return max_pool(x, self.stride) if y is None else y
 
 
 class AvgPool(nn.Module):
     """3x3 average pooling that does not count the padding."""
 
-    def __init__(self, stride: int) -> None:
+    def __init__(self, channels: int, stride: int) -> None:
         super().__init__()
-        self.stride = stride
+        self.channels, self.stride = channels, stride
+
+    def part(self) -> Part:
+        """This operation for the native kernels."""
+        return Part(pool("avg_pool", self.channels, self.stride))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = evaluate(pool("avg_pool", x.shape[1], self.stride), x, (), self)
+        y = evaluate(self.part(), x, self)
         return avg_pool(x, self.stride) if y is None else y
 
 
@@ -110,12 +120,17 @@ class FactorisedReduce(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels, affine=affine)
         self.source = single(HALVES, in_channels, out_channels, 2, affine=affine)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def part(self) -> Part | None:
+        """This operation for the native kernels; None where a layer was exchanged for one they do not know."""
         plain = isinstance(self.activation, nn.ReLU) and isinstance(self.bn, nn.BatchNorm2d)
-        if plain and isinstance(self.even, PointwiseConv2d) and isinstance(self.odd, PointwiseConv2d):
-            y = evaluate(self.source, x, [((self.even.weight, self.odd.weight), self.bn)], self)
-            if y is not None:
-                return y
+        if not (plain and isinstance(self.even, PointwiseConv2d) and isinstance(self.odd, PointwiseConv2d)):
+            return None
+        return staged(self.source, [((self.even.weight, self.odd.weight), self.bn)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = evaluate(self.part(), x, self)
+        if y is not None:
+            return y
         even, odd = offset_halves(self.activation(x))
         halves = [self.even(even)]
         if self.odd is not None:
@@ -131,13 +146,26 @@ class ReluConvBn(nn.Sequential):
         super().__init__(nn.ReLU(), PointwiseConv2d(in_channels, out_channels), norm)
         self.source = single(POINTWISE, in_channels, out_channels, 1, affine=affine)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def part(self) -> Part | None:
+        """This operation for the native kernels; None where a layer was exchanged for one they do not know."""
         modules: list[Any] = list(self)
         kinds = (nn.ReLU, PointwiseConv2d, nn.BatchNorm2d)
-        y = None
-        if all(isinstance(module, kind) for module, kind in zip(modules, kinds, strict=True)):
-            y = evaluate(self.source, x, [((modules[1].weight,), modules[2])], self)
+        if not all(isinstance(module, kind) for module, kind in zip(modules, kinds, strict=True)):
+            return None
+        return staged(self.source, [((modules[1].weight,), modules[2])])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = evaluate(self.part(), x, self)
         return super().forward(x) if y is None else y
+
+
+def part_of(module: nn.Module, channels: int) -> Part | None:
+    """What a module on ``channels`` filters is for the native kernels, None where they do not know it."""
+    if isinstance(module, nn.Identity):
+        return Part(skip(channels))
+    if isinstance(module, SeparableConv | MaxPool | AvgPool | FactorisedReduce | ReluConvBn):
+        return module.part()
+    return None
 
 
 def build(name: str, channels: int, stride: int) -> nn.Module:
@@ -146,9 +174,9 @@ def build(name: str, channels: int, stride: int) -> nn.Module:
     if operation.kind == "conv":
         return SeparableConv(channels, operation.kernel, stride, operation.dilation, operation.repeats)
     if operation.kind == "max_pool":
-        return MaxPool(stride)
+        return MaxPool(channels, stride)
     if operation.kind == "avg_pool":
-        return AvgPool(stride)
+        return AvgPool(channels, stride)
     if operation.kind == "skip":
         return nn.Identity() if stride == 1 else FactorisedReduce(channels, channels)
     raise ValueError(f"operation '{name}' has no module: it removes its edge")

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from search_spaces.mixed import MixedEdges
-from search_spaces.native import functions, norms
-from search_spaces.native.functions import concatenate
+from search_spaces.native.cells import Wiring, concatenate, run
 from search_spaces.network import cell_input
 from search_spaces.supernet import edge_row
 
@@ -76,23 +75,12 @@ class PartialCell(nn.Module):
 
 def _mixed(edges: MixedEdges, x: Tensor, weights: Tensor) -> Sequence[Tensor]:
     """``edges(x, weights)``: one map [N, C, H', W'] an edge, on the native kernels where they take ``x``."""
-    found = None
-    if norms.runs(x) and not norms.hooked(edges):
-        found = norms.statistics(edges.norms(), x)
-    if found is None:
-        return edges(x, weights).unbind(0)
-    parameters = edges.weights()
-
-    def reference(x: Tensor, mixing: Tensor, *given: Tensor) -> Tensor:
-        if any(a is not b for a, b in zip(given, parameters, strict=True)):
-            raise RuntimeError("a second derivative of edges needs their parameters to be leaves of the graph")
-        maps = edges.mix(x, mixing.view(edges.edges, -1), record=False)
-        return maps.transpose(0, 1).flatten(1, 2)
-
+    count = edges.edges
+    targets = tuple(range(1, 1 + count))
+    wiring = edges.__dict__.setdefault("_wiring", Wiring((0,), (targets,), targets))
     mixing = weights.index_select(1, edges.column_index).flatten()
-    out = functions.Edges.apply(edges.source, functions.Run([found], reference), x, mixing, *parameters)
-    norms.record(edges.norms(), found, out.shape[0] * out.shape[2] * out.shape[3])
-    return out.split(edges.channels, dim=1)
+    y = run(wiring, [edges.part()], [x], mixing, edges)
+    return edges(x, weights).unbind(0) if y is None else y.split(edges.channels, dim=1)
 
 
 def passing_channels(channels: int, share: int) -> int:

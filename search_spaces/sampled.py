@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from search_spaces.layers import avg_pool, max_pool, padding_of
-from search_spaces.native.functions import concatenate
-from search_spaces.native.operation import DEPTHWISE, evaluate, pool, single
+from search_spaces.native.cells import DEPTHWISE, Part, concatenate, evaluate, pool, single, staged
 from search_spaces.network import cell_input
 from search_spaces.operations import OPERATIONS, FactorisedReduce
 from search_spaces.partial import added, bypass, joined, passing_channels
@@ -162,7 +161,7 @@ class Separable(nn.Module):
             ((getattr(self, f"depthwise{stage}"), getattr(self, f"pointwise{stage}")), getattr(self, f"norm{stage}"))
             for stage in range(len(self.strides))
         ]
-        y = evaluate(self.source, x, stages, self)
+        y = evaluate(staged(self.source, stages), x, self)
         if y is not None:
             return y
         for ((depthwise, pointwise), norm), stride in zip(stages, self.strides, strict=True):
@@ -180,7 +179,7 @@ class NormalisedPool(nn.BatchNorm2d):
         self.kind, self.stride = kind, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        y = evaluate(pool(self.kind, x.shape[1], self.stride), x, (), self)
+        y = evaluate(Part(pool(self.kind, x.shape[1], self.stride)), x, self)
         if y is None:
             y = max_pool(x, self.stride) if self.kind == "max_pool" else avg_pool(x, self.stride)
         return super().forward(y)

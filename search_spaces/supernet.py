@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from search_spaces.layers import Normalise
 from search_spaces.layout import Layout
 from search_spaces.mixed import MixedEdges
-from search_spaces.native import functions, norms
+from search_spaces.native.cells import Wiring, run
 from search_spaces.network import cell_input, stem
+from search_spaces.operations import part_of
 
 Relaxation = Callable[[Tensor], Tensor]
 """Architecture parameters [edges, operations] to mixing weights of the same shape."""
@@ -53,42 +54,35 @@ class MixedCell(nn.Module):
         # All mixing weights that the sources need, source by source, as places in the flat table.
         self.register_buffer("mixing_index", torch.tensor(index, dtype=torch.long), persistent=False)
 
+        # Values: both inputs, both brought to ``channels``, the nodes.
+        writes = [tuple(range(4 + max(source - 1, 0), 4 + nodes)) for source in range(nodes + 1)]
+        self.wiring = Wiring((0, 1, *range(2, nodes + 3)), ((2,), (3,), *writes), [*range(4, 4 + nodes)])
+
     mixing_index: Tensor
 
     def forward(self, input0: Tensor, input1: Tensor, weights: Tensor) -> Tensor:
         """Two inputs [N, C_i, H_i, W_i] and mixing weights [edges, operations] to [N, nodes * C, H', W']."""
-        value0, value1 = self.preprocess0(input0), self.preprocess1(input1)
         mixing = weights.flatten().index_select(0, self.mixing_index)
-        if not norms.runs(value0) or norms.hooked(self.sources):
-            return self._by_torch(value0, value1, mixing)
-        sources = self._sources()
-        found = [norms.statistics(source.norms(), value0) for source in sources]
-        if any(statistics is None for statistics in found):
-            return self._by_torch(value0, value1, mixing)
-        parameters = [parameter for source in sources for parameter in source.weights()]
-
-        def reference(first: Tensor, second: Tensor, mixing: Tensor, *given: Tensor) -> Tensor:
-            if any(a is not b for a, b in zip(given, parameters, strict=True)):
-                raise RuntimeError("a second derivative of a cell needs its parameters to be leaves of the graph")
-            return self._by_torch(first, second, mixing, record=False)
-
-        run = functions.Run(found, reference)  # type: ignore[arg-type]
-        out = functions.Cell.apply(tuple(source.source for source in sources), run, value0, value1, mixing, *parameters)
-        for source, statistics in zip(sources, found, strict=True):
-            assert statistics is not None
-            norms.record(source.norms(), statistics, out.shape[0] * out.shape[2] * out.shape[3])
-        return out
-
-    def _by_torch(self, value0: Tensor, value1: Tensor, mixing: Tensor, record: bool = True) -> Tensor:
-        values, totals = [value0, value1], [torch.zeros(())] * self.nodes
+        y = self._natively(input0, input1, mixing)
+        if y is not None:
+            return y
+        values, totals = [self.preprocess0(input0), self.preprocess1(input1)], [torch.zeros(())] * self.nodes
         parts = zip(self._sources(), mixing.split(self.mixing_sizes), strict=True)
         for index, (source, own) in enumerate(parts):
             if index >= 2:
                 values.append(totals[index - 2])
-            maps = source.mix(values[index], own.view(source.edges, -1), record)
+            maps = source.mix(values[index], own.view(source.edges, -1))
             for node, map_ in zip(range(max(index - 1, 0), self.nodes), maps.unbind(0), strict=True):
                 totals[node] = map_ if index == 0 else totals[node] + map_
         return torch.cat(totals, dim=1)
+
+    def _natively(self, input0: Tensor, input1: Tensor, mixing: Tensor) -> Tensor | None:
+        """The whole cell in one call of the native kernels, where they know everything in it."""
+        parts = [part_of(module, 0) for module in (self.preprocess0, self.preprocess1)]
+        if parts[0] is None or parts[1] is None:
+            return None
+        edges = [source.part() for source in self._sources()]
+        return run(self.wiring, [parts[0], parts[1], *edges], [input0, input1], mixing, self)
 
     def _sources(self) -> list[MixedEdges]:
         return [*self.sources]  # type: ignore[list-item]

@@ -18,7 +18,7 @@
 #include <type_traits>
 #include <vector>
 
-extern "C" {
+namespace {
 
 enum Kind : int64_t { POINTWISE = 0, DEPTHWISE = 1, HALVES = 2 };
 enum PoolKind : int64_t { MAX_POOL = 0, AVG_POOL = 1 };
@@ -48,7 +48,7 @@ struct Edges {
     Op *op;
     Pool *pool;
     const void *x;          // [C, H, W, N]
-    const void *mixing;
+    const void *mixing;     // or null: ones
     void **out;             // E maps [C', H', W', N]
     const int64_t *add;     // E flags: add to what is in out
     const void **g_out;     // E maps
@@ -56,9 +56,6 @@ struct Edges {
     int64_t add_g_x;
     void *g_mixing;         // [E, columns], double
 };
-}
-
-namespace {
 
 // Memory that is kept from call to call: large blocks taken from the system anew cost a page fault per 4 KiB.
 struct Arena {
@@ -157,7 +154,7 @@ template <class T, int L> struct Kernel {
     static int64_t padding(const Op &op) { return op.dilation * (op.kernel - 1) / 2; }
     int64_t first() const { return (D + 1) / 2; }  // output channels of the even pixels of HALVES
     int64_t depth(const Op &op) const { return op.kind == HALVES ? 2 * C : C; }  // channels before the 1x1 convolution
-    T mixing(int64_t edge, int64_t column) const { return static_cast<const T *>(e.mixing)[edge * columns + column]; }
+    T mixing(int64_t edge, int64_t column) const { return value(e.mixing, edge * columns + column, 1); }
 
     // --- small loops
 
@@ -1151,10 +1148,136 @@ template <class T> int dispatch(Edges *edges, bool backward) {
     return 2;
 }
 
+// A program is what a cell computes, as numbers: normalisations, then steps. Pointers are places in buffers that the
+// caller names at each call: the number of the buffer (-1: none) and an offset in bytes; a missing buffer gives null.
+struct Reader {
+    const int64_t *at;
+    void *const *buffers;
+    int64_t number() { return *at++; }
+    double real() {
+        double value;
+        std::memcpy(&value, at++, sizeof value);
+        return value;
+    }
+    void *pointer() {
+        int64_t buffer = *at++, offset = *at++;
+        if (buffer < 0 || !buffers[buffer]) return nullptr;
+        return static_cast<char *>(buffers[buffer]) + offset;
+    }
+};
+
+struct Norm {
+    int64_t channels, count;
+    double epsilon, momentum;
+    void *running_mean, *running_variance, *tracked, *mean, *rstd;
+
+    explicit Norm(Reader &r) {
+        channels = r.number(), count = r.number(), epsilon = r.real(), momentum = r.real();
+        running_mean = r.pointer(), running_variance = r.pointer(), tracked = r.pointer();
+        mean = r.pointer(), rstd = r.pointer();
+    }
+
+    // Statistics in eval mode.
+    template <class T> void fill() const {
+        for (int64_t c = 0; c < channels; ++c) {
+            static_cast<T *>(mean)[c] = static_cast<const T *>(running_mean)[c];
+            double variance = static_cast<const T *>(running_variance)[c];
+            static_cast<T *>(rstd)[c] = T(1 / std::sqrt(variance + epsilon));
+        }
+    }
+
+    // Running statistics after a batch, with the unbiased variance. Momentum below 0: the mean over all batches.
+    template <class T> void record() const {
+        if (!running_mean || !running_variance) return;
+        double share = momentum;
+        if (tracked) {
+            int64_t batches = ++*static_cast<int64_t *>(tracked);
+            if (momentum < 0) share = 1.0 / double(batches);
+        }
+        for (int64_t c = 0; c < channels; ++c) {
+            T &m = static_cast<T *>(running_mean)[c], &v = static_cast<T *>(running_variance)[c];
+            double r = static_cast<const T *>(rstd)[c], biased = std::max(1 / (r * r) - epsilon, 0.0);
+            double variance = biased * double(count) / double(std::max<int64_t>(count - 1, 1));
+            m = T(m + share * (static_cast<const T *>(mean)[c] - m));
+            v = T(v + share * (variance - v));
+        }
+    }
+};
+
+struct Step {
+    Edges edges;
+    std::vector<Op> ops;
+    std::vector<Pool> pools;
+    std::vector<void *> out;
+    std::vector<const void *> g_out;
+    std::vector<int64_t> add;
+
+    Step(Reader &r, int64_t training, int64_t threads, int64_t weights) {
+        Edges &e = edges;
+        e.edges = r.number(), e.in_channels = r.number(), e.out_channels = r.number(), e.height = r.number();
+        e.width = r.number(), e.batch = r.number(), e.stride = r.number(), e.ops = r.number(), e.pools = r.number();
+        e.skip = r.number(), e.epsilon = r.real();
+        e.training = training, e.threads = threads, e.weights = weights;
+        e.x = r.pointer(), e.mixing = r.pointer(), e.g_x = r.pointer(), e.add_g_x = r.number();
+        e.g_mixing = r.pointer();
+        for (int64_t i = 0; i < e.edges; ++i) {
+            out.push_back(r.pointer()), add.push_back(r.number());
+            g_out.push_back(r.pointer());
+        }
+        for (int64_t i = 0; i < e.ops; ++i) {
+            Op op;
+            op.kind = r.number(), op.kernel = r.number(), op.dilation = r.number(), op.repeats = r.number();
+            op.depthwise1 = r.pointer(), op.pointwise1 = r.pointer(), op.odd1 = r.pointer();
+            op.depthwise2 = r.pointer(), op.pointwise2 = r.pointer();
+            op.scale1 = r.pointer(), op.shift1 = r.pointer(), op.scale2 = r.pointer(), op.shift2 = r.pointer();
+            op.g_depthwise1 = r.pointer(), op.g_pointwise1 = r.pointer(), op.g_odd1 = r.pointer();
+            op.g_depthwise2 = r.pointer(), op.g_pointwise2 = r.pointer();
+            op.g_scale1 = r.pointer(), op.g_shift1 = r.pointer(), op.g_scale2 = r.pointer(), op.g_shift2 = r.pointer();
+            op.z1 = r.pointer(), op.z2 = r.pointer();
+            op.mean1 = r.pointer(), op.rstd1 = r.pointer(), op.mean2 = r.pointer(), op.rstd2 = r.pointer();
+            ops.push_back(op);
+        }
+        for (int64_t i = 0; i < e.pools; ++i) {
+            Pool pool;
+            pool.kind = r.number(), pool.z = r.pointer(), pool.taken = r.pointer();
+            pool.mean = r.pointer(), pool.rstd = r.pointer();
+            pools.push_back(pool);
+        }
+        e.op = ops.data(), e.pool = pools.data(), e.out = out.data(), e.add = add.data(), e.g_out = g_out.data();
+    }
+};
+
+template <class T> int interpret(const int64_t *program, void *const *buffers, int backward, int record, int weights,
+                                 int threads) {
+    Reader r{program, buffers};
+    int64_t training = r.number(), n_norms = r.number(), n_steps = r.number();
+    std::vector<Norm> norms;
+    for (int64_t i = 0; i < n_norms; ++i) norms.emplace_back(r);
+    std::vector<Step> steps;
+    steps.reserve(n_steps);
+    for (int64_t i = 0; i < n_steps; ++i) steps.emplace_back(r, training, threads, weights);
+    if (backward) {
+        for (int64_t i = n_steps - 1; i >= 0; --i)
+            if (int status = dispatch<T>(&steps[i].edges, true)) return status;
+        return 0;
+    }
+    if (!training)
+        for (const Norm &norm : norms) norm.template fill<T>();
+    for (Step &step : steps)
+        if (int status = dispatch<T>(&step.edges, false)) return status;
+    if (training && record)
+        for (const Norm &norm : norms) norm.template record<T>();
+    return 0;
+}
+
 }  // namespace
 
 extern "C" {
 // 0: done; 1: out of memory; 2: the batch is not a multiple of 4.
-int edges_float(Edges *edges, int backward) { return dispatch<float>(edges, backward); }
-int edges_double(Edges *edges, int backward) { return dispatch<double>(edges, backward); }
+int run_float(const int64_t *program, void *const *buffers, int backward, int record, int weights, int threads) {
+    return interpret<float>(program, buffers, backward, record, weights, threads);
+}
+int run_double(const int64_t *program, void *const *buffers, int backward, int record, int weights, int threads) {
+    return interpret<double>(program, buffers, backward, record, weights, threads);
+}
 }

@@ -1,0 +1,252 @@
+"""Cells and single operations on the native kernels, wherever these can stand for torch's own operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from search_spaces.layers import offset_halves, padding_of
+from search_spaces.native.functions import Call, Evaluate
+from search_spaces.native.library import library
+from search_spaces.native.program import DEPTHWISE, HALVES, POINTWISE, Convolution, Program, Slot, Source, Step
+
+LANES = 16
+"""Batches are filled up to a multiple of this where images do not depend on one another."""
+
+Mixer = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A source with its tensors: what a module of a cell computes.
+
+    mixer: the same for a source with mixing weights in torch's own operations, from x and [E, columns] to [E, maps].
+    """
+
+    source: Source
+    parameters: Sequence[Tensor] = ()
+    norms: Sequence[nn.BatchNorm2d] = ()
+    mixer: Mixer | None = None
+
+
+@dataclass
+class Wiring:
+    """Which value each part reads and which values it adds to (see ``program.Step``); programs made for it so far."""
+
+    reads: Sequence[int]
+    writes: Sequence[tuple[int, ...]]
+    outputs: Sequence[int]
+    programs: dict[object, tuple[list[Source], Program]] = field(default_factory=dict)
+
+
+def single(
+    kind: int, in_channels: int, out_channels: int, stride: int, *, kernel: int = 0, dilation: int = 1,
+    repeats: int = 1, affine: bool = True,
+) -> Source:  # fmt: skip
+    """[ReLU, convolution, BN] ``repeats`` times as a source of one edge.
+
+    Its parameters are, for each repeat, the weights (DEPTHWISE: depthwise and 1x1; POINTWISE: 1x1; HALVES: those of the
+    even and of the odd pixels), then scale and shift of the normalisation.
+    """
+    weights = 1 if kind == POINTWISE else 2
+    stage = weights + 2 * affine
+    second = repeats == 2
+    operation = Convolution(
+        kind,
+        Slot(0 if kind != DEPTHWISE else 1),
+        Slot(0),
+        kernel,
+        dilation,
+        depthwise1=Slot(0) if kind == DEPTHWISE else None,
+        odd1=Slot(1) if kind == HALVES else None,
+        depthwise2=Slot(stage) if second else None,
+        pointwise2=Slot(stage + 1) if second else None,
+        norm2=Slot(1) if second else None,
+        scale1=Slot(weights) if affine else None,
+        shift1=Slot(weights + 1) if affine else None,
+        scale2=Slot(stage + weights) if affine and second else None,
+        shift2=Slot(stage + weights + 1) if affine and second else None,
+    )
+    return Source(1, in_channels, out_channels, stride, (operation,), parameters=repeats * stage)
+
+
+@lru_cache(maxsize=256)
+def pool(kind: str, channels: int, stride: int, *, normalised: bool = False) -> Source:
+    """A pool as a source of one edge."""
+    return Source(1, channels, channels, stride, pools=(kind,), pool_norms=(0,) if normalised else ())
+
+
+@lru_cache(maxsize=256)
+def skip(channels: int) -> Source:
+    """The identity as a source of one edge."""
+    return Source(1, channels, channels, 1, skip=True)
+
+
+def staged(source: Source, stages: Sequence[tuple[Sequence[Tensor], nn.BatchNorm2d]]) -> Part | None:
+    """``single`` with the weights and the normalisation of each repeat; None where they do not fit it."""
+    tensors = [t for weights, norm in stages for t in (*weights, norm.weight, norm.bias) if t is not None]
+    if len(tensors) != source.parameters:
+        return None
+    return Part(source, tensors, [norm for _, norm in stages])
+
+
+def evaluate(part: Part | None, x: Tensor, owner: nn.Module) -> Tensor | None:
+    """What ``part`` makes of ``x`` [N, C, H, W], or None where torch has to compute it. owner: as in ``run``."""
+    if part is None:
+        return None
+    wiring = owner.__dict__.setdefault("_wiring", Wiring((0,), ((1,),), (1,)))
+    return run(wiring, [part], [x], None, owner)
+
+
+def run(
+    wiring: Wiring, parts: Sequence[Part], inputs: Sequence[Tensor], mixing: Tensor | None, owner: nn.Module
+) -> Tensor | None:
+    """Carry out ``parts``: the values ``wiring.outputs`` side by side [N, C, H, W], or None where torch has to.
+
+    mixing: the mixing weights of all parts that have a mixer, flat. owner: the module whose inner parts nobody may
+    be watching.
+    """
+    x = inputs[0]
+    if not suits(x) or hooked(*owner.children()):
+        return None
+    norms = [norm for part in parts for norm in part.norms]
+    parameters = [tensor for part in parts for tensor in part.parameters]
+    batch_statistics = {norm.training or norm.running_mean is None for norm in norms}
+    recording = {norm.track_running_stats and norm.running_mean is not None for norm in norms}
+    if len(batch_statistics) > 1 or any(norm.eps != part.norms[0].eps for part in parts for norm in part.norms):
+        return None
+    training = batch_statistics == {True}
+    if training and (len(recording) > 1 or x.shape[0] % 4):
+        return None
+    if any(t.dtype != x.dtype or t.device != x.device or not t.is_contiguous() for t in parameters):
+        return None
+    lanes = LANES if x.shape[0] > 8 else 4
+    batch = x.shape[0] if training else -(-x.shape[0] // lanes) * lanes
+    shapes = [(x.shape[1], x.shape[2], x.shape[3]) for x in inputs]
+    program = _program(wiring, parts, shapes, batch, x.dtype, norms, training)
+
+    def reference(mixing: Tensor, *tensors: Tensor) -> Tensor:
+        given = tensors[len(inputs) :]
+        if any(part.mixer for part in parts) and any(a is not b for a, b in zip(given, parameters, strict=True)):
+            raise RuntimeError("a second derivative of mixed edges needs their parameters to be leaves of the graph")
+        return _by_torch(wiring, parts, mixing, tensors[: len(inputs)], list(given))
+
+    if mixing is None:
+        mixing = x.new_ones(1)
+    call = Call(program, norms, training and recording == {True}, reference)
+    y: Tensor = Evaluate.apply(call, mixing, *inputs, *parameters)
+    return y
+
+
+def _program(
+    wiring: Wiring, parts: Sequence[Part], shapes: Sequence[tuple[int, int, int]], batch: int, dtype: torch.dtype,
+    norms: Sequence[nn.BatchNorm2d], training: bool,
+) -> Program:  # fmt: skip
+    """The program of ``parts``, from what was made before if it fits."""
+    sources = [part.source for part in parts]
+    key = (*shapes, batch, dtype, training, *((norm.num_features, norm.eps, norm.momentum) for norm in norms))
+    known = wiring.programs.get(key)
+    if known is not None and all(a is b for a, b in zip(known[0], sources, strict=True)):
+        return known[1]
+    steps, first = [], 0
+    for part, reads, writes in zip(parts, wiring.reads, wiring.writes, strict=True):
+        steps.append(Step(part.source, reads, writes, first, part.mixer is not None))
+        first += len(part.norms)
+    program = Program(shapes, batch, steps, wiring.outputs, norms, dtype, training)
+    if len(wiring.programs) >= 16:
+        wiring.programs.clear()
+    wiring.programs[key] = sources, program
+    return program
+
+
+def suits(x: Tensor) -> bool:
+    """Whether the kernels can take ``x``: images on a CPU, nobody tracing or counting."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and x.dim() == 4
+        and x.numel() > 0
+        and not torch.compiler.is_exporting()
+        and not torch.compiler.is_compiling()
+        and not torch.onnx.is_in_onnx_export()
+        and not torch.jit.is_tracing()
+        and not torch.is_autocast_enabled("cpu")
+        # Counters, fake tensors and function transforms have to see torch's own operations.
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and library() is not None
+    )
+
+
+def hooked(*modules: nn.Module) -> bool:
+    """Whether a hook wants to see ``modules`` or a part of them at work."""
+    return any(
+        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+        for module in modules
+        for part in module.modules()
+    )
+
+
+def concatenate(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenation along the channels of [N, C_i, H, W] that keeps the memory order."""
+    if all(x.permute(1, 2, 3, 0).is_contiguous() for x in tensors):
+        return torch.cat([x.permute(1, 2, 3, 0) for x in tensors], dim=0).permute(3, 0, 1, 2)
+    return torch.cat([*tensors], dim=1)
+
+
+def _by_torch(
+    wiring: Wiring, parts: Sequence[Part], mixing: Tensor, inputs: Sequence[Tensor], parameters: list[Tensor]
+) -> Tensor:
+    """The same in torch's own operations, without recording statistics."""
+    values: dict[int, Tensor] = dict(enumerate(inputs))
+    used = 0
+    for part, reads, writes in zip(parts, wiring.reads, wiring.writes, strict=True):
+        source, given = part.source, parameters[: len(part.parameters)]
+        parameters = parameters[len(part.parameters) :]
+        if part.mixer is not None:
+            size = source.edges * source.columns
+            maps = part.mixer(values[reads], mixing[used : used + size].view(source.edges, -1)).unbind(0)
+            used += size
+        else:
+            maps = (_one_by_torch(source, part.norms, values[reads], given),)
+        for target, map_ in zip(writes, maps, strict=True):
+            values[target] = values[target] + map_ if target in values else map_
+    return torch.cat([values[value] for value in wiring.outputs], dim=1)
+
+
+def _one_by_torch(source: Source, norms: Sequence[nn.BatchNorm2d], x: Tensor, given: list[Tensor]) -> Tensor:
+    if source.skip:
+        return x
+    if source.pools:
+        y = F.max_pool2d(x, 3, source.stride, 1) if source.pools[0] == "max_pool" else F.avg_pool2d(
+            x, 3, source.stride, 1, count_include_pad=False
+        )  # fmt: skip
+        return _normalised(norms[0], y, None, None) if norms else y
+    (op,) = source.convolutions
+    stride = source.stride
+    for norm in norms:
+        x = torch.relu(x)
+        if op.kind == HALVES:
+            pairs = zip(offset_halves(x), (given.pop(0), given.pop(0)), strict=True)
+            x = torch.cat([F.conv2d(half, weight) for half, weight in pairs], 1)
+        elif op.kind == POINTWISE:
+            x = F.conv2d(x, given.pop(0))
+        else:
+            padding = padding_of(op.kernel, op.dilation)
+            x = F.conv2d(x, given.pop(0), None, stride, padding, op.dilation, groups=x.shape[1])
+            x = F.conv2d(x, given.pop(0))
+            stride = 1
+        scale, shift = (given.pop(0), given.pop(0)) if op.scale1 is not None else (None, None)
+        x = _normalised(norm, x, scale, shift)
+    return x
+
+
+def _normalised(norm: nn.BatchNorm2d, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    batch = norm.training or norm.running_mean is None
+    mean, variance = (None, None) if batch else (norm.running_mean, norm.running_var)
+    return F.batch_norm(x, mean, variance, scale, shift, batch, 0.0, norm.eps)
