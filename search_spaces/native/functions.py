@@ -62,7 +62,10 @@ class Evaluate(torch.autograd.Function):
         program, wanted = ctx.call.program, ctx.needs_input_grad[1:]
         mixing, *tensors, out, workspace = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return None, *_by_reference(ctx.call.reference, [mixing, *tensors], wanted, gradients[0])
+            # Both inputs of a first cell are one tensor: views tell their gradients apart.
+            inputs = [x.view_as(x) for x in tensors[: program.inputs]]
+            given = [mixing, *inputs, *tensors[program.inputs :]]
+            return None, *_by_reference(ctx.call.reference, given, wanted, gradients[0])
         inputs, parameters = tensors[: program.inputs], tensors[program.inputs :]
         of_inputs, of_parameters = wanted[1 : 1 + program.inputs], wanted[1 + program.inputs :]
         rows = [padded(x, program.batch) for x in inputs]
