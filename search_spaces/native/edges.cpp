@@ -102,9 +102,11 @@ template <class T, int L> struct Kernel {
     static inline void store(T *p, V v) { std::memcpy(p, &v, sizeof v); }
     static inline V splat(T s) { return V{} + s; }
     static inline T sum(V v) {
-        T s = 0;
-        for (int i = 0; i < L; ++i) s += v[i];
-        return s;
+        T lanes[L];
+        std::memcpy(lanes, &v, sizeof v);
+        for (int half = L / 2; half; half /= 2)
+            for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+        return lanes[0];
     }
     static inline V positive(V v) {
         // As torch.relu: NaN stays NaN.
