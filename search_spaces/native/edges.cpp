@@ -745,8 +745,11 @@ template <class T, int L> struct Kernel {
                             int64_t start = d * plane_out + y * row_out + from;
                             const T *gradient = b.gradient[i] + start, *map = z + start;
                             T *p = dz + d * length;
-                            for (int64_t j = 0; j < n; j += L)
-                                store(p + j, line.a * load(gradient + j) + (line.b * load(map + j) + line.c));
+                            if (!e.training)
+                                for (int64_t j = 0; j < n; j += L) store(p + j, line.a * load(gradient + j));
+                            else
+                                for (int64_t j = 0; j < n; j += L)
+                                    store(p + j, line.a * load(gradient + j) + (line.b * load(map + j) + line.c));
                         }
                         mix_channels_back(op, stage, edge, dz, length, n, t + y * wide2 + pad2 * N + from, padded2);
                         if (!e.weights) continue;
@@ -840,7 +843,10 @@ template <class T, int L> struct Kernel {
         // Sums of each edge's gradient, alone and with each candidate's map, over images and pixels.
         double *gradients = take<double>(e.edges * D), *products = take<double>(e.edges * D * columns);
         T *g_active = G && e.g_x ? take<T>(C * plane) : nullptr;
-        shared_sums(gradients, products);
+        const bool summed = e.training || e.g_mixing || e.weights;
+        std::memset(gradients, 0, e.edges * D * sizeof(double));
+        std::memset(products, 0, e.edges * D * columns * sizeof(double));
+        if (summed) shared_sums(gradients, products);
         const T *activated = G && e.weights ? activated_input() : nullptr;
         bool first = true;
         for (const auto &batch : batches()) {
@@ -849,7 +855,7 @@ template <class T, int L> struct Kernel {
             stage1.groups = batch, stage1.group_size = 0, stage1.activated = activated;
             stage1.lines.resize(batch.size() * D);
             for (int64_t g : batch) stage1.gradient.push_back(static_cast<const T *>(e.g_out[g / e.ops]));
-            group_sums(batch, gradients, products);
+            if (summed) group_sums(batch, gradients, products);
             for (size_t i = 0; i < batch.size(); ++i) last_lines(batch[i], gradients, products, &stage1.lines[i * D]);
             if (e.g_x || e.weights) {
                 second_stage(stage1);
