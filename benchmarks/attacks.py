@@ -6,7 +6,8 @@
 ``--data``: an .npz with x_train, y_train [N], images uint8 [N, 32, 32, 3]. A ResNet-18 (3x3 stem, no max-pool) and the
 published cell network are trained briefly on FGSM images and kept in .cache/. Every library attacks the same images
 with the same settings; runs are interleaved, and the median ratio of neighbours is reported. The others get the network
-with frozen parameters, which is the faster way for them.
+with frozen parameters, which is the faster way for them, and as it is exported, without our kernels: with them every
+library is as fast on a cell network as ours is.
 
 Equal results are checked from the clean images, for a start that the libraries do not draw themselves: in double
 precision pixel by pixel, in single precision sample by sample (broken or not), where signs of gradients near zero
@@ -33,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
+from benchmarks.retraining import plain_torch
 from nas.attacks.fgsm import Fgsm
 from nas.attacks.pgd import Pgd
 from nas.evaluation.robustness import Trial, evaluate
@@ -91,6 +93,19 @@ def trained(name: str, x: Tensor, y: Tensor, epochs: int) -> nn.Module:
     CACHE.mkdir(exist_ok=True)
     torch.save(network.state_dict(), file)
     return network.eval()
+
+
+class TorchOnly(nn.Module):
+    """A network as it is exported: on torch's own operations. The kernels of cells would serve every library."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        with plain_torch():
+            logits: Tensor = self.network(x)
+        return logits
 
 
 def with_torchattacks(random_start: bool, steps: int) -> Craft:
@@ -253,7 +268,7 @@ def equality(ours: nn.Module, frozen: nn.Module, x: Tensor, y: Tensor, few: int,
 
 def measure(name: str, x: Tensor, y: Tensor, network: nn.Module, options: argparse.Namespace) -> dict[str, Any]:
     """Everything about one network; ``x`` [N, C, H, W] are images it has not been trained on."""
-    frozen = copy.deepcopy(network).requires_grad_(False)
+    frozen = TorchOnly(copy.deepcopy(network)).requires_grad_(False)
     device = x.device
     threat_model = ThreatModel("linf", EPSILON)
     report: dict[str, Any] = {"equality": equality(network, frozen, x[:64], y[:64], options.few, options.steps)}
