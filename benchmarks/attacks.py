@@ -268,7 +268,7 @@ def equality(ours: nn.Module, frozen: nn.Module, x: Tensor, y: Tensor, few: int,
 
 def measure(name: str, x: Tensor, y: Tensor, network: nn.Module, options: argparse.Namespace) -> dict[str, Any]:
     """Everything about one network; ``x`` [N, C, H, W] are images it has not been trained on."""
-    frozen = TorchOnly(copy.deepcopy(network)).requires_grad_(False)
+    frozen = TorchOnly(copy.deepcopy(network)).requires_grad_(False).eval()
     device = x.device
     threat_model = ThreatModel("linf", EPSILON)
     report: dict[str, Any] = {"equality": equality(network, frozen, x[:64], y[:64], options.few, options.steps)}
