@@ -125,7 +125,6 @@ template <class T, int L> struct Kernel {
     int64_t pad, wide, padded;            // activated input: columns on each side, row length, plane
     int64_t pad2, wide2, padded2;         // the same for maps of the output's size
     int64_t columns;
-    bool failed = false;
 
     template <class U> U *take(size_t n) {
         U *p = arena.take<U>(n);
