@@ -113,6 +113,12 @@ class ThreatModel:
         """Size of each perturbation: [N]."""
         return self.geometry.size(x_adv - x)
 
+    def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Which images [N] lie in the ball around ``x`` and within the pixel bounds, up to rounding (1e-6)."""
+        flat = x_adv.flatten(1)
+        in_bounds = (flat.amin(1) >= self.lower - 1e-6) & (flat.amax(1) <= self.upper + 1e-6)
+        return in_bounds & (self.distance(x_adv, x) <= self.epsilon + 1e-6)
+
     def __str__(self) -> str:
         return f"{self.norm} {self.epsilon:.6g}"
 

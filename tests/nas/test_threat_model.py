@@ -32,6 +32,17 @@ def test_projection_lands_in_the_set_keeps_its_points_and_is_idempotent(threat_m
 
 
 @pytest.mark.parametrize("threat_model", THREATS, ids=str)
+def test_what_lies_outside_the_ball_or_the_bounds_is_not_contained(threat_model):
+    x = 0.5 + 0.1 * _random(20, 3, 8, 8).clamp(-1, 1)
+    edge = x + threat_model.epsilon * threat_model.geometry.steepest(_random(20, 3, 8, 8, seed=1))
+    assert bool(threat_model.contains(edge, x).all())
+    assert not bool(threat_model.contains(x + 1.001 * (edge - x), x).any())
+    bright = x.clone()
+    bright[:, 0, 0, 0] = 1.01
+    assert not bool(ThreatModel(threat_model.norm, 9.0).contains(bright, x).any())
+
+
+@pytest.mark.parametrize("threat_model", THREATS, ids=str)
 def test_shrink_finds_the_nearest_point_of_the_ball(threat_model):
     """No point of the ball, however drawn, is nearer."""
     geometry, epsilon = threat_model.geometry, threat_model.epsilon
