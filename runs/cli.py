@@ -31,6 +31,13 @@ RecipeArgument = Annotated[
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key of the recipe: section.key=value.")]
 Out = Annotated[Path | None, typer.Option(help="Folder to write; by default runs/<name>-<time>.")]
 Seed = Annotated[int | None, typer.Option(help="Seed, instead of the recipe's.")]
+MemoryBudget = Annotated[
+    float | None,
+    typer.Option(
+        metavar="GIB",
+        help="Memory the search may use: a step is tried first, and cells are recomputed if they must be.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -72,10 +79,11 @@ def run(
     set_: Set = None,
     out: Out = None,
     seed: Seed = None,
+    memory_budget: MemoryBudget = None,
     as_json: Json = False,
 ) -> None:
     """Search, analyse, train, compress, attack and export: the whole way from a recipe to a report."""
-    _start("run", recipe, resume, set_, out, seed, as_json)
+    _start("run", recipe, resume, set_, out, seed, as_json, memory_budget=memory_budget)
 
 
 @app.command()
@@ -85,10 +93,11 @@ def search(
     set_: Set = None,
     out: Out = None,
     seed: Seed = None,
+    memory_budget: MemoryBudget = None,
     as_json: Json = False,
 ) -> None:
     """Search only; ends with genotype.json and the commands that go on from it."""
-    _start("search", recipe, resume, set_, out, seed, as_json)
+    _start("search", recipe, resume, set_, out, seed, as_json, memory_budget=memory_budget)
 
 
 @app.command()
@@ -121,18 +130,21 @@ def _start(
     seed: int | None,
     as_json: bool,
     genotype: AnyGenotype | None = None,
+    memory_budget: float | None = None,
 ) -> None:
     """Create or continue a run, carry it out, and say what came of it."""
     from runs.directory import check_same_recipe, create, default_path, open_run
     from runs.pipeline import carry_out
     from runs.recipe import build, check_size, read_table
-    from runs.tasks import device_of
+    from runs.tasks import device_of, recomputes_within
 
     table = read_table(recipe, overrides or [], seed) if recipe is not None else None
     data = genotype.to_data() if genotype is not None else None
     if resume is not None:
         if out is not None:
             raise InputError("--out and --resume exclude each other: a resumed run stays where it is")
+        if memory_budget is not None:
+            raise InputError("--memory-budget is for the start of a run: a resumed one goes on as it was begun")
         directory = open_run(resume)
         if directory.command != command:
             raise InputError(f"{resume} was begun by 'nas {directory.command}': resume it with that command")
@@ -150,6 +162,8 @@ def _start(
         if isinstance(genotype, Genotype):
             check_size("train", genotype.layout, built.train.cells, built.train.channels or 1)
         _prepare_kernels()
+        if memory_budget is not None and recomputes_within(built, memory_budget, _note):
+            table["search"]["recompute_cells"] = True
         directory = create(out or default_path(built.general.name), command, table, data)
     progress_console = error_console if as_json else out_console
     if not as_json:
@@ -169,6 +183,10 @@ def _prepare_kernels() -> None:
     if reason := library.why_not():
         note = f"note: without its kernels a search on the CPU is several times slower: {reason}"
         error_console.print(note, markup=False, highlight=False)
+
+
+def _note(line: str) -> None:
+    error_console.print(line, markup=False, highlight=False)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from nas.objective import Objective
 from nas.randomness import derived_seed, generator
 from nas.report.page import verdict, write_report
 from nas.search.bilevel import search
+from nas.search.memory_budget import DryRun, fit
 from nas.search.random_cells import random_cells
 from nas.tensor_file import write_text
 from nas.training.auxiliary import WithAuxiliary
@@ -39,7 +40,7 @@ from nas.training.pgd_at import PgdAt
 from nas.training.standard import Standard
 from runs.directory import RunDirectory, flatten, read_json, write_json
 from runs.metrics import MetricsLog
-from runs.recipe import CompressPart, Recipe
+from runs.recipe import CompressPart, Recipe, SearchPart
 from search_spaces.genotype import AnyGenotype, Genotype, GenotypeError, genotype_from_data, write_genotype
 
 Tick = Callable[[float], None]
@@ -157,7 +158,7 @@ def _search(context: Context) -> dict[str, Any]:
             context.split,
             part.settings,
             weight_objective=part.weight_objective,
-            objectives={"natural": Standard(), "adversarial": PgdAt(part.attack)},
+            objectives=_objectives(part),
             attack=part.attack,
             seed=context.seed,
             checkpoint=folder / "checkpoint.safetensors",
@@ -172,6 +173,29 @@ def _search(context: Context) -> dict[str, Any]:
         "epochs": [{k: v for k, v in record.items() if k not in ("genotype", "warnings")} for record in result.records],
         "warnings": result.warnings,
     }
+
+
+def _objectives(part: SearchPart) -> dict[str, Objective]:
+    """What the stages of a search may name."""
+    return {"natural": Standard(), "adversarial": PgdAt(part.attack)}
+
+
+def recomputes_within(recipe: Recipe, budget: float, say: Callable[[str], None]) -> bool:
+    """Whether the search has to recompute its cells to stay within ``budget`` GiB; ``InputError`` where it cannot.
+
+    Carries out single steps of the search in processes of their own.
+    """
+    device = device_of(recipe.general.device)
+    data: ImageData = recipe.data.source()
+    parts = split(
+        data.y_train, architecture=recipe.data.architecture, validation=recipe.data.validation, seed=recipe.general.seed
+    )
+    part = recipe.search
+    trial = DryRun(
+        recipe.space, data, parts, part.weight_objective, _objectives(part), part.attack, device.type,
+        recipe.general.threads,
+    )  # fmt: skip
+    return fit(part.settings, budget, trial.peak, say).recompute_cells
 
 
 def _given(context: Context) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from nas.search.architecture_gradient import FirstOrder, Loss, Unrolled, WeightS
 from nas.search.min_norm import min_norm_direction
 from nas.search.perturbation_memory import PerturbationMemory, check_can_start
 from nas.search.precision import check_bfloat16, in_bfloat16
+from nas.search.recomputation import recompute
 from nas.search.relaxation import Mixture, SampledPath
 from nas.tensor_file import read_tree, write_tree
 from search_spaces.cell_space import CellSpace
@@ -92,6 +93,8 @@ class Search:
     in a step. partial_channels: k lets 1/k of the channels through the candidates. reuse_perturbations: attacks on an
     image begin where the last one ended. architecture_every: the architecture takes a step at every n-th step of an
     epoch, beginning with the first. precision: of the supernet's passes.
+
+    recompute_cells trades speed for memory and is exact: a backward pass computes the inner maps of a cell again.
     """
 
     channels: int = 16
@@ -111,6 +114,7 @@ class Search:
     reuse_perturbations: bool = False
     architecture_every: int = 1
     precision: Literal["float32", "bfloat16"] = "float32"
+    recompute_cells: bool = False
 
     def __post_init__(self) -> None:
         untils = [stage.until for stage in self.stages]
@@ -303,6 +307,9 @@ def _supernet(space: CellSpace, data: ImageData, settings: Search, seed: int) ->
         raise InputError(f"search: {error}") from None
     if settings.precision == "bfloat16":
         supernet.forward = in_bfloat16(supernet.forward)  # type: ignore[method-assign, assignment]
+    if settings.recompute_cells:
+        for cell in supernet.cells:
+            recompute(cell)
     return supernet.to(data.x_train.device)
 
 
@@ -434,7 +441,7 @@ def _epoch_record(
     randomness = generator(seed, "monitor attack", epoch, device=device)
     natural = robust = 0
     with evaluating(supernet):
-        for batch in batches(data.x_train, data.y_train, judged, batch_size=max(settings.batch_size, 128)):
+        for batch in batches(data.x_train, data.y_train, judged, batch_size=settings.batch_size):
             x_adv = attack(supernet, batch.x, batch.y, generator=randomness)
             with torch.no_grad():
                 right = supernet(batch.x).argmax(1) == batch.y

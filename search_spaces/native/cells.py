@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from search_spaces.layers import offset_halves, padding_of
 from search_spaces.native.functions import Call, Evaluate
@@ -132,7 +133,7 @@ def run(
 
     def reference(mixing: Tensor, *tensors: Tensor) -> Tensor:
         given = tensors[len(inputs) :]
-        if any(part.mixer for part in parts) and any(a is not b for a, b in zip(given, parameters, strict=True)):
+        if any(part.mixer for part in parts) and not all(map(_are_one, given, parameters)):
             raise RuntimeError("a second derivative of mixed edges needs their parameters to be leaves of the graph")
         return _by_torch(wiring, parts, mixing, tensors[: len(inputs)], list(given))
 
@@ -197,6 +198,15 @@ def concatenate(tensors: Sequence[Tensor]) -> Tensor:
     if all(x.permute(1, 2, 3, 0).is_contiguous() for x in tensors):
         return torch.cat([x.permute(1, 2, 3, 0) for x in tensors], dim=0).permute(3, 0, 1, 2)
     return torch.cat([*tensors], dim=1)
+
+
+def _are_one(a: Tensor, b: Tensor) -> bool:
+    """Whether two objects are the same tensor of the graph: what autograd kept may come back as another object."""
+    if a is b:
+        return True
+    if a.data_ptr() != b.data_ptr() or not (a.requires_grad and b.requires_grad):
+        return False
+    return get_gradient_edge(a) == get_gradient_edge(b)
 
 
 def _by_torch(
