@@ -354,3 +354,20 @@ def test_train_with_another_method(recipe_file: Path, quick: None, tmp_path: Pat
     assert results["recipe"]["train.method.name"] == "trades"
     assert results["genotype"]["depths"] == [1, 1]
     assert "divergence" in results["models"][0]["training"][0]
+
+
+def test_a_memory_budget_is_met_by_recomputing_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice is in the run's recipe, so that it goes on in the same way; the search itself stays the same."""
+
+    def peak(run: object, settings: Any) -> float:
+        return (1 if settings.recompute_cells else 3) * settings.batch_size / 128
+
+    monkeypatch.setattr("nas.search.memory_budget.DryRun.peak", peak)
+    outcome = nas("search", "digits", *TINY, "--memory-budget", "1.5", "--out", tmp_path / "small")
+    assert outcome.status == 0, outcome.err
+    assert "cells recomputed; the budget is 1.5 GiB" in outcome.err
+    assert nas("search", "digits", *TINY, "--out", tmp_path / "plain").status == 0
+    small, plain = (open_run(tmp_path / name) for name in ("small", "plain"))
+    assert small.table["search"]["recompute_cells"] is True
+    assert "recompute_cells" not in plain.table["search"]
+    assert small.needed("search") == plain.needed("search")

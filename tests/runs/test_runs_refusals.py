@@ -252,6 +252,7 @@ def test_resume_that_contradicts_itself(finished_run: Path) -> None:
     assert "--out" in nas("run", "--resume", finished_run, "--out", "new").refusal
     assert "--set" in nas("run", "--resume", finished_run, "--set", "seed=1").refusal
     assert "--seed" in nas("run", "--resume", finished_run, "--seed", "1").refusal
+    assert "--memory-budget" in nas("run", "--resume", finished_run, "--memory-budget", "8").refusal
 
 
 def test_resume_with_another_genotype(recipe_file: Path) -> None:
@@ -452,3 +453,17 @@ def test_refusals_of_real_processes(tmp_path: Path) -> None:
         out, err = process.communicate(timeout=120)
         assert (process.returncode, out) == (2, ""), err
         assert err.startswith("nas: ") and err.count("\n") == 1 and words in err
+
+
+# --- memory
+
+
+def test_a_search_larger_than_the_memory_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nas.search.memory_budget.DryRun.peak", lambda run, settings: 0.1 * settings.batch_size)
+    out = tmp_path / "run"
+    outcome = nas("search", "digits", *TINY, "--set", "search.batch_size=64", "--memory-budget", "4", "--out", out)
+    assert outcome.status == 2
+    assert outcome.err.splitlines()[-1].endswith("a step needs 6.40 GiB even if cells are recomputed; "
+                                                 "search.batch_size = 40 fits")  # fmt: skip
+    assert not out.exists()
+    assert "above 0" in nas("search", "digits", *TINY, "--memory-budget", "-1").refusal
