@@ -11,7 +11,7 @@ from search_spaces.layers import Normalise
 from search_spaces.layout import Layout
 from search_spaces.mixed import MixedEdges
 from search_spaces.native.cells import Wiring, run
-from search_spaces.network import cell_input, stem
+from search_spaces.network import Stem, cell_input
 from search_spaces.operations import part_of
 
 Relaxation = Callable[[Tensor], Tensor]
@@ -117,7 +117,7 @@ class Supernet(nn.Module):
         self.relaxation = relaxation
         self.kinds = tuple(place.kind for place in placed)
         self.normalise = Normalise(mean, std)
-        self.stem = stem(input_shape, 3 * channels, layout.stem)
+        self.stem = Stem(input_shape, 3 * channels, layout.stem)
         in_channels = (3 * channels, 3 * channels)
         previous_reduces = False
         self.cells = nn.ModuleList()

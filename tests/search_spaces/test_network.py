@@ -12,7 +12,7 @@ from search_spaces.darts import SPACE as DARTS
 from search_spaces.dsara import SPACE as DSARA
 from search_spaces.genotype import Cell, Edge, Genotype, GenotypeError, StageGenotype
 from search_spaces.layout import Layout
-from search_spaces.network import stem
+from search_spaces.network import Stem
 from search_spaces.plain import SPACE as PLAIN
 
 SIZES = [(8, 8), (9, 11), (28, 28), (32, 32), (64, 64), (96, 96), (224, 224)]
@@ -104,7 +104,7 @@ def test_the_fewest_channels_and_cells(channels):
     ],
 )
 def test_the_stem_halves_large_images(side, largest, expected):
-    layers = stem((3, side, side + 9), 6, largest)
+    layers = Stem((3, side, side + 9), 6, largest)
     y = layers(torch.rand(2, 3, side, side + 9))
     assert y.shape[1] == 6
     assert y.shape[2] == expected <= largest
@@ -168,3 +168,34 @@ def test_sections_of_one_kind_may_be_any_number():
         network = DARTS.build(genotype, **_sizes(2, (8, 8), 1, 3), auxiliary=True)
         assert network(torch.rand(2, 1, 8, 8)).shape == (2, 3)
         assert hasattr(network, "auxiliary") == (sections > 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_stem_of_constant_weights_is_that_of_its_layers(dtype):
+    """Folded where nothing needs the weights; images in the order of memory that cells read, the same values."""
+    torch.manual_seed(0)
+    stem = Stem((3, 32, 32), 6, 16).to(dtype)
+    x = torch.rand(8, 3, 32, 32, dtype=dtype)
+    for _ in range(3):
+        stem(x)  # running statistics other than the initial ones
+    stem.eval()
+    for parameter in stem.parameters():
+        torch.nn.init.uniform_(parameter, 0.5, 1.5) if parameter.dim() == 1 else None
+
+    def value_and_gradient(function):
+        point = x.clone().requires_grad_()
+        y = function(point)
+        (gradient,) = torch.autograd.grad(y.square().sum(), point)
+        return y.detach(), gradient
+
+    expected = value_and_gradient(lambda point: torch.nn.Sequential.forward(stem, point))
+    learning = value_and_gradient(stem)
+    assert not stem._constant()
+    stem.requires_grad_(False)
+    assert stem._constant()
+    folded = value_and_gradient(stem)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-12
+    for found in (learning, folded):
+        for value, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, wanted, rtol=tolerance, atol=tolerance)
+    assert learning[0].shape == folded[0].shape == (8, 6, 16, 16)
