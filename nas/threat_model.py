@@ -38,6 +38,21 @@ class Norm(Protocol):
         """Images of the ball around ``x`` and within the pixel bounds, near ``x_adv``."""
         ...
 
+    def edge(self, like: Tensor, epsilon: float, generator: torch.Generator) -> Tensor:
+        """Random perturbations of size ``epsilon``; drawn on the generator's device."""
+        ...
+
+    def dual(self, gradient: Tensor) -> Tensor:
+        """How much a loss with this gradient rises at most along a perturbation of size 1: [N]."""
+        ...
+
+    def onto_plane(self, x: Tensor, normal: Tensor, height: Tensor, lower: float, upper: float) -> Tensor:
+        """The smallest perturbations d with <normal, d> = -``height`` [N] that keep ``x`` within the pixel bounds.
+
+        Where there is none, the one that comes nearest to it. Algorithm of section 3 of arXiv 1907.02044 (FAB).
+        """
+        ...
+
 
 class LInf:
     """Largest change of a pixel."""
@@ -57,6 +72,19 @@ class LInf:
     def project(self, x_adv: Tensor, x: Tensor, epsilon: float, lower: float, upper: float) -> Tensor:
         """The nearest image."""
         return (x + self.shrink(x_adv - x, epsilon)).clamp(lower, upper)
+
+    def edge(self, like: Tensor, epsilon: float, generator: torch.Generator) -> Tensor:
+        cube = torch.rand(like.shape, generator=generator, device=generator.device, dtype=like.dtype).to(like.device)
+        return _scaled(2 * cube - 1, self, epsilon)
+
+    def dual(self, gradient: Tensor) -> Tensor:
+        return gradient.flatten(1).abs().sum(1)
+
+    def onto_plane(self, x: Tensor, normal: Tensor, height: Tensor, lower: float, upper: float) -> Tensor:
+        # Every pixel moves by the same amount, or as far as it can.
+        weight, amount, sign, room = _plane(x, normal, height, lower, upper)
+        move = _level(weight, room, amount).unsqueeze(1).minimum(room)
+        return (sign * move).view_as(x)
 
 
 class L2:
@@ -83,6 +111,19 @@ class L2:
     def project(self, x_adv: Tensor, x: Tensor, epsilon: float, lower: float, upper: float) -> Tensor:
         """Shrunk into the ball, then clipped: not always the nearest image."""
         return (x + self.shrink(x_adv - x, epsilon)).clamp(lower, upper)
+
+    def edge(self, like: Tensor, epsilon: float, generator: torch.Generator) -> Tensor:
+        return _scaled(_normal(like, generator), self, epsilon)
+
+    def dual(self, gradient: Tensor) -> Tensor:
+        return gradient.flatten(1).norm(dim=1)
+
+    def onto_plane(self, x: Tensor, normal: Tensor, height: Tensor, lower: float, upper: float) -> Tensor:
+        # Every pixel moves in proportion to its weight, or as far as it can.
+        weight, amount, sign, room = _plane(x, normal, height, lower, upper)
+        square = weight.square()
+        level = _level(square, torch.where(square > 0, room / weight, 0.0), amount).unsqueeze(1)
+        return (sign * (level * weight).minimum(room)).view_as(x)
 
 
 class L1:
@@ -116,6 +157,22 @@ class L1:
         delta = x_adv - x
         room = torch.where(delta > 0, upper - x, x - lower)
         return (x + _nearest_in_l1(delta, room, epsilon)).clamp(lower, upper)
+
+    def edge(self, like: Tensor, epsilon: float, generator: torch.Generator) -> Tensor:
+        return _scaled(_normal(like, generator), self, epsilon)
+
+    def dual(self, gradient: Tensor) -> Tensor:
+        return gradient.flatten(1).abs().amax(1)
+
+    def onto_plane(self, x: Tensor, normal: Tensor, height: Tensor, lower: float, upper: float) -> Tensor:
+        # Pixels of the largest weights move as far as they can until it is enough.
+        weight, amount, sign, room = _plane(x, normal, height, lower, upper)
+        heavy, order = weight.sort(1, descending=True)
+        room = room.gather(1, order)
+        before = (heavy * room).cumsum(1) - heavy * room
+        left = (amount.unsqueeze(1) - before).clamp_min(0)
+        move = torch.where(heavy > 0, (left / heavy).minimum(room), 0.0)
+        return (sign * torch.zeros_like(move).scatter(1, order, move)).view_as(x)
 
 
 NORMS: dict[str, Norm] = {"linf": LInf(), "l2": L2(), "l1": L1()}
@@ -205,3 +262,42 @@ def _threshold(size: Tensor, bound: Tensor | None, epsilon: float) -> Tensor:
     sums = (slopes * (places - below)).cumsum(1)  # at t = below
     last = (sums < epsilon).sum(1, keepdim=True).clamp_max(places.shape[1] - 1)
     return (below.gather(1, last) + (sums.gather(1, last) - epsilon) / slopes.gather(1, last)).clamp_min(0)
+
+
+def _scaled(noise: Tensor, norm: Norm, epsilon: float) -> Tensor:
+    return noise * _per_image(epsilon / norm.size(noise).clamp_min(torch.finfo(noise.dtype).tiny), noise)
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    drawn = torch.randn(like.shape, generator=generator, device=generator.device, dtype=like.dtype)
+    return drawn.to(like.device)
+
+
+def _plane(
+    x: Tensor, normal: Tensor, height: Tensor, lower: float, upper: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The way to a plane, pixel by pixel: weights [N, D], what they have to add up to [N], directions, room."""
+    flat, normal = x.flatten(1), normal.flatten(1)
+    normal = torch.where((height >= 0).unsqueeze(1), normal, -normal)
+    # Scaled first: squares of very small or large gradients leave the range of the type.
+    scale = normal.abs().amax(1).clamp_min(torch.finfo(normal.dtype).tiny)
+    room = torch.where(normal > 0, flat - lower, upper - flat).clamp_min(0)
+    return normal.abs() / scale.unsqueeze(1), height.abs() / scale, -normal.sign(), room
+
+
+def _level(weight: Tensor, room: Tensor, amount: Tensor) -> Tensor:
+    """The level t [N] with sum of weight min(t, room) = ``amount``; where that cannot be reached, the largest room.
+
+    The sum is concave in t: Newton's steps rise to the solution and end, as each passes at least one room.
+    """
+    reachable = amount < (weight * room).sum(1)
+    level = torch.zeros_like(amount)
+    open_ = weight
+    for _ in range(weight.shape[1]):
+        filled = ((weight - open_) * room).sum(1)
+        level = torch.where(reachable, (amount - filled) / open_.sum(1), level)
+        below = torch.where(room > level.unsqueeze(1), weight, 0.0)
+        if torch.equal(below, open_):
+            break
+        open_ = below
+    return torch.where(reachable, level, room.amax(1))
