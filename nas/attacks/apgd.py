@@ -68,7 +68,8 @@ class Apgd:
         return Ascent(self.threat_model, self.steps, self.eot, self.stop_when_broken, self.batch_size, self.widening)
 
     def __str__(self) -> str:
-        return f"APGD-{self.steps}, {self.threat_model}, {self.loss}{described(self)}"
+        more = described(self.restarts, self.eot, self.widening, self.stop_when_broken)
+        return f"APGD-{self.steps}, {self.threat_model}, {self.loss}{more}"
 
 
 def check_ascent(
@@ -86,14 +87,12 @@ def check_ascent(
         raise InputError("stop_when_broken trusts single answers, which eot is there to avoid: give only one of them")
 
 
-def described(attack: object) -> str:
+def described(restarts: int, eot: int, widening: bool, stop_when_broken: bool) -> str:
     """Settings of an Auto-PGD that differ from the usual."""
-    text = ""
-    for name in ("restarts", "eot"):
-        if (value := getattr(attack, name)) > 1:
-            text += f", {name} {value}"
-    text += ", widening" if getattr(attack, "widening") else ""
-    return text + (", stops when broken" if getattr(attack, "stop_when_broken") else "")
+    text = f", restarts {restarts}" if restarts > 1 else ""
+    text += f", eot {eot}" if eot > 1 else ""
+    text += ", widening" if widening else ""
+    return text + (", stops when broken" if stop_when_broken else "")
 
 
 PLUGIN = Apgd

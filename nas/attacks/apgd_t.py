@@ -66,7 +66,8 @@ class ApgdT:
         return best
 
     def __str__(self) -> str:
-        return f"APGD-T-{self.steps}, {self.threat_model}, {self.targets} targets{described(self)}"
+        more = described(self.restarts, self.eot, self.widening, self.stop_when_broken)
+        return f"APGD-T-{self.steps}, {self.threat_model}, {self.targets} targets{more}"
 
 
 def _loss(logits: Tensor, rows: Rows) -> Tensor:

@@ -176,7 +176,9 @@ class Ascent:
         for factor, steps in ((3, first), (2, first), (1, max(self.steps - 2 * first, 1))):
             threat_model = replace(self.threat_model, epsilon=factor * epsilon)
             starts = threat_model.project(starts, x[samples])
-            stage = replace(self, threat_model=threat_model, steps=steps, widening=False, stop=self.stop and factor == 1)
+            stage = replace(
+                self, threat_model=threat_model, steps=steps, widening=False, stop=self.stop and factor == 1
+            )
             if factor == 1:
                 stage._climb(model, x, y, samples, loss, more, generator, best, starts)
             else:  # what breaks a sample here is outside its ball: only where the loss was highest counts

@@ -71,6 +71,6 @@ def right(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def likeliest_wrong(logits: Tensor, y: Tensor, count: int) -> Tensor:
-    """The ``count`` classes other than ``y`` with the highest logits, the highest first: [N, count] or all [N, K - 1]."""
+    """The ``count`` classes other than ``y`` of the highest logits, highest first: [N, count], or all [N, K - 1]."""
     wrong = logits.scatter(1, y.unsqueeze(1), -torch.inf)
     return wrong.argsort(1, descending=True)[:, : min(count, logits.shape[1] - 1)]
