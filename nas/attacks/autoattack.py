@@ -36,12 +36,14 @@ class Verdicts:
     attacks: names in the order in which they ran.  x_adv: [N, C, H, W], adversarial images of what was broken; of what
     stands the image where the first attack's loss was highest; what was misclassified from the start as it was.
     natural: [N] bool, right on the clean image.  broken_by: [N] int64, place in ``attacks``, -1 for none.
+    seconds: [A], time each attack took.
     """
 
     attacks: tuple[str, ...]
     x_adv: Tensor
     natural: Tensor
     broken_by: Tensor
+    seconds: Tensor
 
     @property
     def robust(self) -> Tensor:
@@ -59,7 +61,8 @@ class Verdicts:
     def to_data(self) -> dict[str, Any]:
         """The same for JSON, with how many samples each attack broke."""
         broke = {name: int((self.broken_by == place).sum()) for place, name in enumerate(self.attacks)}
-        return {"n": len(self.natural), "accuracy_after": self.accuracies(), "broke": broke}
+        seconds = dict(zip(self.attacks, self.seconds.tolist(), strict=True))
+        return {"n": len(self.natural), "accuracy_after": self.accuracies(), "broke": broke, "seconds": seconds}
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,8 @@ class AutoAttack:
     """AutoAttack: APGD on cross-entropy, targeted APGD, targeted FAB and Square, each on what the others left.
 
     Croce and Hein, ICML 2020, arXiv 2003.01690; version and settings of github fra31/auto-attack: "standard"; "plus"
-    (APGD on cross-entropy and DLR and FAB with 5 restarts, Square, both targeted ones); "rand" for random models (APGD on
-    cross-entropy and DLR, gradients averaged over 20 answers). mode "exact" repeats the reference: its order, its
+    (APGD on cross-entropy and DLR and FAB with 5 restarts, Square, both targeted ones); "rand" for random models (APGD
+    on cross-entropy and DLR, gradients averaged over 20 answers). mode "exact" repeats the reference: its order, its
     batches, its draws of random numbers, every step for every sample of a batch. "fast" runs the same attacks to the
     same verdicts up to chance: samples stop when they are broken, pairs of sample and target share batches that are
     kept full, windows of Square are each sample's own; and with "rand", what broke a sample must also do so for the
@@ -139,11 +142,13 @@ class AutoAttack:
         to other arguments.
         """
         with crafting(model), torch.no_grad():
-            progress = _Progress(progress_file, f"{self}, seed {seed}, {_digest(model, x, y)}")
+            arguments = f"{self}, seed {seed}, {_digest(model, x, y)}" if progress_file is not None else ""
+            progress = _Progress(progress_file, arguments)
             state = progress.read(x.device) or {
                 "natural": torch.cat([self._right(model, *part, answers=1) for part in self._parts(x, y)]),
                 "broken_by": torch.full_like(y, -1),
                 "x_adv": x.clone(),
+                "seconds": torch.zeros(len(self.attacks), dtype=torch.float64),
                 "attack": 0,
                 "done": 0,
             }
@@ -159,6 +164,7 @@ class AutoAttack:
                 for number, rows in enumerate(standing.split(chunk)):
                     if number < state["done"]:
                         continue
+                    start = time.perf_counter()
                     images, broken = _found(attack, model, x[rows], y[rows], self._draws(seed, name, number, x.device))
                     answers = 20 if self.mode == "fast" and self.version == "rand" else 1
                     broken &= ~self._right(model, images, y[rows], answers=answers)
@@ -166,11 +172,13 @@ class AutoAttack:
                     if place == 0:
                         x_adv[rows] = images
                     broken_by[rows[broken]] = place
+                    x_adv.flatten()[:1].tolist()  # waits for the device before the clock is read
+                    state["seconds"][place] += time.perf_counter() - start
                     state["done"] = number + 1
                     progress.write(state)
             state["attack"] = len(attacks)
             progress.write(state, now=True)
-        return Verdicts(tuple(attacks), x_adv, natural, broken_by)
+        return Verdicts(tuple(attacks), x_adv, natural, broken_by, state["seconds"].cpu())
 
     def _draws(self, seed: int, name: str, number: int, device: torch.device) -> torch.Generator:
         """Random numbers of one attack on one part of the samples."""

@@ -271,7 +271,7 @@ def bump(side: int, fall: int, exponent: int) -> Tensor:
 
 
 def _pyramid(height: int, width: int, fall: int, exponent: int) -> Tensor:
-    """At a pixel of the square ring k around the middle, 1 / k^fall of it and all outer ones; [height, width], size 1."""
+    """At the square ring k around the middle, the sum of 1 / k^fall from there outwards; [height, width], of size 1."""
     rings = max(height // 2, width // 2) + 1
     steps = torch.tensor([1 / (ring + 1) ** fall for ring in range(rings)])
     heights = steps.flip(0).cumsum(0).flip(0)
