@@ -34,7 +34,33 @@ def kl(logits: Tensor, y: Tensor, clean_logits: Tensor | None) -> Tensor:
     return (clean.exp() * (clean - F.log_softmax(logits, 1))).sum(1)
 
 
-LOSSES: dict[str, AttackLoss] = {"cross_entropy": cross_entropy, "margin": margin, "kl": kl}
+def dlr(logits: Tensor, y: Tensor, clean_logits: Tensor | None) -> Tensor:
+    """Difference of logits ratio: the margin over the distance of the first from the third logit.
+
+    Croce and Hein, ICML 2020, arXiv 2003.01690, eq. 6: free of shift and scale of the logits. With three classes it
+    is constant where the right one comes last, with two it is not defined: there it is the margin itself.
+    """
+    if logits.shape[1] <= 3:
+        return margin(logits, y, clean_logits)
+    first = logits.topk(3, 1).values
+    return margin(logits, y, clean_logits) / (first[:, 0] - first[:, 2] + 1e-12)
+
+
+def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """Logit of ``target`` [N] less that of ``y``, over the distance of the first from the mean of third and fourth [N].
+
+    Croce and Hein, ICML 2020, arXiv 2003.01690, eq. 7. Not defined for fewer than four classes: there it is the
+    difference itself.
+    """
+    rows = torch.arange(len(y), device=y.device)
+    gap = logits[rows, target] - logits[rows, y]
+    if logits.shape[1] <= 3:
+        return gap
+    first = logits.topk(4, 1).values
+    return gap / (first[:, 0] - 0.5 * (first[:, 2] + first[:, 3]) + 1e-12)
+
+
+LOSSES: dict[str, AttackLoss] = {"cross_entropy": cross_entropy, "margin": margin, "kl": kl, "dlr": dlr}
 
 NEEDS_CLEAN_LOGITS = frozenset({"kl"})
 
@@ -42,3 +68,9 @@ NEEDS_CLEAN_LOGITS = frozenset({"kl"})
 def right(logits: Tensor, y: Tensor) -> Tensor:
     """Which samples [N] are classified as ``y``. The argmax of NaN is the place of the NaN, and no answer."""
     return (logits.argmax(1) == y) & ~logits.isnan().any(1)
+
+
+def likeliest_wrong(logits: Tensor, y: Tensor, count: int) -> Tensor:
+    """The ``count`` classes other than ``y`` of the highest logits, highest first: [N, count], or all [N, K - 1]."""
+    wrong = logits.scatter(1, y.unsqueeze(1), -torch.inf)
+    return wrong.argsort(1, descending=True)[:, : min(count, logits.shape[1] - 1)]

@@ -4,14 +4,22 @@ import math
 
 import pytest
 import torch
-from scipy import stats
+from scipy import optimize, stats
 
 from nas.errors import InputError
 from nas.threat_model import NORMS, ThreatModel
 
-THREATS = [ThreatModel("linf", 0.1), ThreatModel("l2", 0.8)]
-DUAL = {"linf": lambda g: g.flatten(1).abs().sum(1), "l2": lambda g: g.flatten(1).square().sum(1).sqrt()}
-SIZE = {"linf": lambda d: d.flatten(1).abs().amax(1), "l2": lambda d: d.flatten(1).square().sum(1).sqrt()}
+THREATS = [ThreatModel("linf", 0.1), ThreatModel("l2", 0.8), ThreatModel("l1", 0.3)]
+DUAL = {
+    "linf": lambda g: g.flatten(1).abs().sum(1),
+    "l2": lambda g: g.flatten(1).square().sum(1).sqrt(),
+    "l1": lambda g: g.flatten(1).abs().amax(1),
+}
+SIZE = {
+    "linf": lambda d: d.flatten(1).abs().amax(1),
+    "l2": lambda d: d.flatten(1).square().sum(1).sqrt(),
+    "l1": lambda d: d.flatten(1).abs().sum(1),
+}
 
 
 def _random(*shape, seed=0, dtype=torch.float64):
@@ -67,7 +75,7 @@ def test_size_is_the_norm(norm):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_steepest_direction_is_of_unit_size_and_attains_the_dual_norm(norm, dtype, scale):
-    """<g, s(g)> = |g|_1 for l_inf and |g|_2 for l_2, for gradients whose squares under- or overflow as well."""
+    """<g, s(g)> = |g|_1 for l_inf, |g|_2 for l_2, |g|_inf for l_1; squares of gradients may under- or overflow."""
     gradient = _random(7, 1, 4, 4, dtype=dtype)
     gradient = (gradient.sign() * gradient.abs().clamp_min(0.1)) * scale
     direction = NORMS[norm].steepest(gradient).double()
@@ -105,6 +113,50 @@ def test_the_l2_start_is_uniform():
     assert abs(float(delta.sign().mean())) < 0.02
 
 
+def test_the_l1_start_is_uniform():
+    """The radius to the power of the dimension is uniform, the share of one coordinate is Beta(1, D - 1)."""
+    threat_model, dimension = ThreatModel("l1", 0.3), 12
+    x = torch.full((3000, 3, 2, 2), 0.5, dtype=torch.float64)
+    delta = (threat_model.random_start(x, torch.Generator().manual_seed(0)) - x).flatten(1)
+    radius = delta.abs().sum(1)
+    assert stats.kstest(((radius / 0.3) ** dimension).numpy(), "uniform").pvalue > 1e-3
+    share = delta[:, 4].abs() / radius
+    assert stats.kstest(share.numpy(), "beta", args=(1, dimension - 1)).pvalue > 1e-3
+    assert abs(float(delta.sign().mean())) < 0.02
+
+
+@pytest.mark.parametrize("epsilon", [0.05, 0.7, 2.5])
+def test_the_l1_projection_is_the_solution_of_its_quadratic_programme(epsilon):
+    """min |d - v|^2 with |d|_1 <= eps and x + d in the box, with d split into rise and fall, by scipy."""
+    x = torch.rand(4, 1, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[0, 0, 0, 0], x[1, 0, 1, 2] = 0.0, 1.0
+    wanted = _random(4, 1, 2, 3)
+    found = (ThreatModel("l1", epsilon).project(x + wanted, x) - x).flatten(1)
+    for row in range(4):
+        v, here = wanted[row].flatten().numpy(), x[row].flatten().numpy()
+
+        def cost(parts, v=v):
+            return ((parts[:6] - parts[6:] - v) ** 2).sum()
+
+        solution = optimize.minimize(
+            cost,
+            [0.0] * 12,
+            method="SLSQP",
+            bounds=[(0, 1 - value) for value in here] + [(0, value) for value in here],
+            constraints={"type": "ineq", "fun": lambda parts: epsilon - parts.sum()},
+            options={"ftol": 1e-14, "maxiter": 500},
+        )
+        assert found[row].tolist() == pytest.approx(solution.x[:6] - solution.x[6:], abs=1e-5)
+        assert ((found[row].numpy() - v) ** 2).sum() <= solution.fun + 1e-9
+
+
+def test_l1_at_the_bounds_keeps_the_whole_budget():
+    """Half of the pixels cannot move where the perturbation wants to; the others take their share."""
+    x = torch.cat([torch.ones(5, 1, 4, 4), torch.full((5, 1, 4, 4), 0.5)], 2)
+    near = ThreatModel("l1", 1.0).project(x + 0.4, x)
+    assert (near - x).flatten(1).sum(1).tolist() == pytest.approx([1.0] * 5, abs=1e-5)
+
+
 @pytest.mark.parametrize("threat_model", THREATS, ids=str)
 def test_starts_are_clipped_to_the_pixel_range(threat_model):
     x = torch.cat([torch.zeros(20, 1, 4, 4), torch.ones(20, 1, 4, 4)])
@@ -128,7 +180,7 @@ def test_single_precision_stays_within_a_millionth():
 
 def test_wrong_threat_models_are_refused():
     for settings in (
-        {"norm": "l1"},
+        {"norm": "l3"},
         {"epsilon": -0.1},
         {"epsilon": math.nan},
         {"epsilon": math.inf},
