@@ -1,5 +1,6 @@
 """The evaluator's suspicion of itself: silent for honest models, loud for the classical ways to fool an attack."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -84,6 +85,59 @@ class Saturated(_Around):
         return 1e4 * self.inner(x)
 
 
+class QuantisedActivations(_Around):
+    """Hidden features rounded to eight levels."""
+
+    def forward(self, x):
+        hidden = self.inner[:-1](x)
+        return self.inner[-1]((hidden * 8).round() / 8)
+
+
+class Scrambled(_Around):
+    """Preprocessing without a derivative, for which a backward pass of no use stands in."""
+
+    def forward(self, x):
+        return self.inner(_Scramble.apply(x))
+
+
+class _Scramble(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return (x * 64).round() / 64
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.flip(2, 3).roll(3, 2)
+
+
+class Probabilities(_Around):
+    """The softmax is part of the model, and sharp."""
+
+    def forward(self, x):
+        return (1000 * self.inner(x)).softmax(1)
+
+
+class LearnsForever(_Around):
+    """Batch statistics whatever is asked for."""
+
+    def train(self, mode=True):
+        return super().train(True)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+MASKED = {
+    "quantised activations": (QuantisedActivations, "zero gradients"),
+    "saturated logits": (Saturated, "margin loss"),
+    "randomness": (Random, "deterministic model"),
+    "preprocessing without a derivative": (Scrambled, "gradients are true"),
+    "probabilities": (Probabilities, "logits"),
+    "batch statistics": (LearnsForever, "eval mode"),
+}
+"""Ways to look robust, each with the check that is made for it."""
+
+
 def _evaluation(model, threat_model):
     trials = {"fgsm": Trial(Fgsm(threat_model)), "pgd": Trial(Pgd(threat_model, steps=10))}
     return evaluate(model, X, Y, trials, seed=0)
@@ -127,6 +181,42 @@ def test_saturated_logits_are_noticed(kind, norm):
     claimed = float(evaluation.worst_case.double().mean())
     assert claimed > true + 0.1, "the same function to the eye, and yet it looks more robust"
     assert set(_verdicts(model, threat_model, evaluation).values()) != {"pass"}
+
+
+@pytest.mark.parametrize("defence", MASKED)
+def test_a_masked_defence_is_told_by_its_check(defence, record_property):
+    """And the evaluation that it misled claims more than the network it hides can do, where the mask works at all."""
+    masked, telling = MASKED[defence]
+    torch.manual_seed(0)
+    honest, threat_model = _trained("conv", "linf"), THREATS["linf"]
+    model = masked(copy.deepcopy(honest)).eval()
+    evaluation = _evaluation(model, threat_model)
+    checks = suspicions(model, X, Y, evaluation, threat_model, seed=0)
+    verdicts = {check.name: check.verdict for check in checks}
+    assert verdicts[telling] == "fail"
+    true = float(_evaluation(honest, threat_model).worst_case.double().mean())
+    claimed = float(evaluation.worst_case.double().mean())
+    if defence not in ("randomness", "batch statistics"):  # they confuse, but hide no gradient
+        assert claimed > true + 0.05
+
+
+def test_a_search_by_queries_finds_what_no_gradient_shows():
+    model, threat_model = Quantised(_trained("conv", "linf")).eval(), THREATS["linf"]
+    assert _verdicts(model, threat_model)["search by queries"] == "fail"
+
+
+def test_examples_that_transfer_are_told():
+    honest, threat_model = _trained("conv", "linf"), THREATS["linf"]
+    masked = Quantised(honest).eval()
+    checks = suspicions(
+        masked, X, Y, _evaluation(masked, threat_model), threat_model, seed=0, surrogates={"its inside": honest}
+    )
+    verdicts = {check.name: check.verdict for check in checks}
+    assert verdicts["transfer from its inside"] == "fail"
+    checks = suspicions(
+        honest, X, Y, _evaluation(honest, threat_model), threat_model, seed=0, surrogates={"itself": honest}
+    )
+    assert next(check for check in checks if check.name == "transfer from itself").verdict == "pass"
 
 
 def test_an_attack_that_did_nothing_is_noticed():

@@ -1,0 +1,91 @@
+"""Checks of the model: whether attacks can see what it computes."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from nas.attacks.gradient import input_gradient
+from nas.evaluation.suspicion import Case, Check, grade, share
+from nas.model_state import crafting
+
+DIRECTIONS = 16
+"""Along which gradients are compared with differences."""
+
+
+def deterministic(case: Case) -> Check:
+    """A random model has to be attacked and judged by averages over its randomness."""
+    with torch.no_grad():
+        first, second = case.model(case.x), case.model(case.x)
+    repeatable = bool(torch.equal(first, second))
+    detail = "two passes give the same logits" if repeatable else "two passes differ: average over the randomness"
+    return Check("deterministic model", "pass" if repeatable else "fail", detail)
+
+
+def logits(case: Case) -> Check:
+    """A softmax inside the model flattens the losses of the attacks."""
+    with torch.no_grad():
+        outputs = case.model(case.x)
+    inside = bool(((outputs >= 0) & (outputs <= 1)).all())
+    probabilities = inside and bool(((outputs.sum(1) - 1).abs() < 1e-4).all())
+    largest = float(outputs.abs().max())
+    if probabilities:
+        return Check("logits", "fail", "the outputs are probabilities: attacks need the logits before the softmax")
+    return Check("logits", "pass", f"outputs are logits, at most {largest:.3g} in size")
+
+
+def eval_mode(case: Case) -> Check:
+    """Layers that learn or draw while the model is judged; samples that depend on their batch."""
+    kinds = (_BatchNorm, _DropoutNd, nn.modules.instancenorm._InstanceNorm)
+    learning = [name for name, module in case.model.named_modules() if isinstance(module, kinds) and module.training]
+    if learning:
+        return Check("eval mode", "fail", f"'{learning[0]}' is in train mode although the model was put in eval mode")
+    few = case.x[:8]
+    with torch.no_grad():
+        together, again = case.model(few), case.model(few)
+        alone = torch.cat([case.model(image) for image in few.split(1)])
+    if not torch.equal(together, again):
+        return Check("eval mode", "warn", "whether a sample depends on its batch cannot be seen in a random model")
+    difference = float((together - alone).abs().amax() / together.abs().amax().clamp_min(1e-12))
+    detail = f"logits of an image alone and in a batch differ by {difference:.1e} of the largest"
+    return Check("eval mode", grade(difference, 1e-3, 1e-2), detail)
+
+
+def gradients_there(case: Case) -> Check:
+    """Gradients that are zero, infinite or no numbers lead nowhere."""
+    with crafting(case.model):
+        gradient, _, _ = input_gradient(case.model, case.x, case.y, "margin", None)
+    flat = gradient.flatten(1)
+    useless = share((flat.abs().amax(1) == 0) | ~flat.isfinite().all(1))
+    return Check("zero gradients", grade(useless, 0.01, 0.1), f"{useless:.1%} of the samples have no margin gradient")
+
+
+def gradients_true(case: Case) -> Check:
+    """Along random directions, gradients should foretell how the margin changes."""
+    step = case.threat_model.epsilon / 8
+    randomness = case.generator("directions")
+    with crafting(case.model):
+        gradient, _, _ = input_gradient(case.model, case.x, case.y, "margin", None)
+        foretold, found = [], []
+        for _ in range(DIRECTIONS):
+            noise = torch.randn(case.x.shape, generator=randomness, device=case.x.device, dtype=case.x.dtype)
+            direction = case.threat_model.geometry.steepest(noise)
+            foretold.append((gradient * direction).flatten(1).sum(1))
+            ahead, behind = (
+                input_gradient(case.model, case.x + sign * step * direction, case.y, "margin", None)[1]
+                for sign in (1, -1)
+            )
+            found.append((ahead - behind) / (2 * step))
+    a, b = torch.stack(foretold).double(), torch.stack(found).double()
+    cosine = (a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp_min(1e-30)
+    median = float(cosine.nan_to_num(0.0).median())
+    return Check(
+        "gradients are true",
+        grade(1 - median, 0.2, 0.5),
+        f"gradients and differences along {DIRECTIONS} random directions agree by a cosine of {median:.2f} (median)",
+    )
+
+
+MODEL_CHECKS = (deterministic, logits, eval_mode, gradients_there, gradients_true)
