@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from nas.errors import Failure, InputError, nearest
-from runs.cli_finished import attack, compress, export, make_folder, report
+from runs.cli_finished import attack, compress, export, report
 from runs.show import error_console, models_table, next_commands, out_console, topology_table
 from search_spaces.genotype import AnyGenotype, Genotype, GenotypeError
 
@@ -135,6 +132,7 @@ def _start(
     """Create or continue a run, carry it out, and say what came of it."""
     from runs.directory import check_same_recipe, create, default_path, open_run
     from runs.pipeline import carry_out
+    from runs.progress import observer
     from runs.recipe import build, check_size, read_table
     from runs.tasks import device_of, recomputes_within
 
@@ -168,8 +166,8 @@ def _start(
     progress_console = error_console if as_json else out_console
     if not as_json:
         out_console.print(f"{directory.path}", markup=False, highlight=False)
-    with directory.locked(), _observer(progress_console) as observer:
-        carry_out(directory, observer)
+    with directory.locked(), observer(progress_console) as watching:
+        carry_out(directory, watching)
     again = [recipe or directory.table["name"], *(f"--set={item}" for item in overrides or [])]
     _conclude(directory, as_json, again + ([f"--seed={seed}"] if seed is not None else []))
 
@@ -187,18 +185,6 @@ def _prepare_kernels() -> None:
 
 def _note(line: str) -> None:
     error_console.print(line, markup=False, highlight=False)
-
-
-@contextmanager
-def _observer(console: Console) -> Iterator[Any]:
-    from runs.progress import Bars, Lines
-
-    if not console.is_terminal:
-        yield Lines(console)
-        return
-    bars = Bars(console)
-    with bars.progress:
-        yield bars
 
 
 def _conclude(directory: Any, as_json: bool, recipe: list[str]) -> None:
@@ -266,6 +252,7 @@ def analyse(
         )
         if pictures is not None and isinstance(genotype, Genotype):
             from nas.tensor_file import write_text
+            from runs.directory import make_folder
 
             make_folder(pictures)
             for kind, cell in genotype.cells:

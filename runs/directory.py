@@ -199,3 +199,11 @@ def _wait_for_lock(file: Any, path: Path, seconds: float = 15.0) -> None:
             if time.monotonic() > deadline:
                 raise InputError(f"workers of an earlier process still write to {path}: stop them first") from None
             time.sleep(0.05)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder the user named. Raises ``InputError`` where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {path}: {error.strerror}") from None

@@ -17,25 +17,16 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from nas.errors import Failure, InputError
 from runs.directory import RunDirectory, open_run
+from runs.progress import Observer
 from runs.recipe import Recipe, build
 from runs.tasks import Context, Task, device_of, plan
 from search_spaces.genotype import GenotypeError
-
-
-class Observer(Protocol):
-    """Hears what happens: a task starts, progresses (0 to 1), ends."""
-
-    def started(self, task: str) -> None: ...
-
-    def progressed(self, task: str, progress: float) -> None: ...
-
-    def finished(self, task: str, seconds: float) -> None: ...
 
 
 class TaskFailed(Failure):

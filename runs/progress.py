@@ -2,8 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Observer(Protocol):
+    """Hears what happens: a task starts, progresses (0 to 1), ends."""
+
+    def started(self, task: str) -> None: ...
+
+    def progressed(self, task: str, progress: float) -> None: ...
+
+    def finished(self, task: str, seconds: float) -> None: ...
+
+
+@contextmanager
+def observer(console: Console) -> Iterator[Observer]:
+    """Bars on a terminal, lines elsewhere."""
+    if not console.is_terminal:
+        yield Lines(console)
+        return
+    bars = Bars(console)
+    with bars.progress:
+        yield bars
 
 
 class Lines:

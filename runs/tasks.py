@@ -22,8 +22,6 @@ from nas.analysis.topology import topology
 from nas.data.image_data import ImageData
 from nas.data.split import Split, split
 from nas.errors import InputError
-from nas.evaluation.robustness import evaluate
-from nas.evaluation.suspicion import suspicions
 from nas.export.package import export_model
 from nas.export.parity import check_exports
 from nas.model_file import ModelSpec, load_model, save_model, weights_digest, with_plan
@@ -39,6 +37,7 @@ from nas.training.loop import Training, train
 from nas.training.pgd_at import PgdAt
 from nas.training.standard import Standard
 from runs.directory import RunDirectory, flatten, read_json, write_json
+from runs.judging import Bench, judge
 from runs.metrics import MetricsLog
 from runs.recipe import CompressPart, Recipe, SearchPart
 from search_spaces.genotype import AnyGenotype, Genotype, GenotypeError, genotype_from_data, write_genotype
@@ -334,27 +333,24 @@ def _evaluate(name: str) -> Callable[[Context], dict[str, Any]]:
     return work
 
 
-def evaluate_into(context: Context, model: nn.Module, trials: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Attack ``model`` on the whole test set, check the attacks, and keep the masks in ``folder``."""
-    data = context.data
-    x = data.x_test.float() / 255
-    evaluation = evaluate(
-        model,
-        x,
+def evaluate_into(
+    context: Context, model: nn.Module, trials: Mapping[str, Any], folder: Path, **more: Any
+) -> dict[str, Any]:
+    """Judge ``model`` on the whole test set and keep the masks in ``folder``. more: of ``judging.judge``."""
+    return judge(bench_of(context), model, trials, folder, **more)
+
+
+def bench_of(context: Context) -> Bench:
+    """The test set of a run, and how its networks are judged."""
+    data, recipe = context.data, context.recipe
+    return Bench(
+        data.x_test.float() / 255,
         data.y_test,
-        trials,
-        seed=context.seed,
-        batch_size=context.recipe.evaluate.batch_size,
-        progress_file=folder / "progress.safetensors",
-        tick=lambda progress: context.tick(0.95 * progress),
+        recipe.threat_model,
+        context.seed,
+        recipe.evaluate.batch_size,
+        context.tick,
     )
-    checks = suspicions(model, x, data.y_test, evaluation, context.recipe.threat_model, seed=context.seed)
-    return {
-        **evaluation.to_data(),
-        "seed": context.seed,
-        "digest": weights_digest(model),
-        "checks": [dataclasses.asdict(check) for check in checks],
-    }
 
 
 def _export(context: Context) -> dict[str, Any]:

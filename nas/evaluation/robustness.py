@@ -38,12 +38,14 @@ class Trial:
 class Evaluation:
     """Natural accuracy and accuracy under each attack, as masks of samples that stay right.
 
-    natural, worst_case: [N] bool;  attacks: name -> [N] bool;  settings: name -> what was run.
+    natural, worst_case: [N] bool;  attacks: name -> [N] bool;  settings: name -> what was run;  labels: [N] int64,
+    where accuracies by class are wanted.
     """
 
     natural: Tensor
     attacks: Mapping[str, Tensor]
     settings: Mapping[str, str] = field(default_factory=dict)
+    labels: Tensor | None = None
 
     @property
     def worst_case(self) -> Tensor:
@@ -63,7 +65,23 @@ class Evaluation:
             "worst_case": float(self.worst_case.double().mean()),
             "interval": list(wilson(int(self.worst_case.sum()), n)),
             "attack_settings": dict(self.settings),
+            "per_class": self._per_class(),
         }
+
+    def _per_class(self) -> list[dict[str, Any]]:
+        """Accuracies of the classes that are there."""
+        classes = [] if self.labels is None else self.labels.unique().tolist()
+        rows = []
+        for label in classes:
+            own = self.labels == label
+            n = int(own.sum())
+            robust = int(self.worst_case[own].sum())
+            natural = int(self.natural[own].sum())
+            interval = list(wilson(robust, n))
+            rows.append(
+                {"class": label, "n": n, "natural": natural / n, "worst_case": robust / n, "interval": interval}
+            )
+        return rows
 
 
 def evaluate(
@@ -82,12 +100,7 @@ def evaluate(
     Within a trial each restart attacks the samples that survived the earlier ones. After every restart the masks are
     written to ``progress_file``, from which a later call goes on to the same result.
     """
-    if len(x) != len(y) or len(x) == 0:
-        raise InputError(
-            f"{len(x)} images and {len(y)} labels: an evaluation needs the same number of both, at least 1"
-        )
-    if not x.is_floating_point() or not (float(x.min()) >= 0 and float(x.max()) <= 1):  # NaN is neither
-        raise InputError("images must be floating point with pixels in [0, 1]; normalisation belongs inside the model")
+    check_images(x, y)
     natural: Tensor | None = None
     masks: dict[str, Tensor] = {}
     done = 0
@@ -96,8 +109,9 @@ def evaluate(
         natural, masks, done = tree["natural"], tree["masks"], tree["done"]
     # One derivation for all batches; gradients of the weights are nobody's business here.
     with evaluating(model), constant(model):
+        check_model(model, x, y)
         if natural is None:
-            natural = _correct(model, x, y, batch_size)
+            natural = correct(model, x, y, batch_size)
         total = sum(trial.restarts for trial in trials.values())
         unit = 0
         for name, trial in trials.items():
@@ -112,10 +126,48 @@ def evaluate(
                     write_tree({"natural": natural, "masks": masks, "done": unit}, progress_file)
                 tick(unit / total)
     attacks = {name: masks[name] for name in trials}
-    return Evaluation(natural, attacks, {name: str(trial) for name, trial in trials.items()})
+    return Evaluation(natural, attacks, {name: str(trial) for name, trial in trials.items()}, y)
 
 
-def _correct(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
+def check_images(x: Tensor, y: Tensor) -> None:
+    """Raise ``InputError`` for images and labels that cannot be evaluated."""
+    if len(x) != len(y) or len(x) == 0:
+        raise InputError(
+            f"{len(x)} images and {len(y)} labels: an evaluation needs the same number of both, at least 1"
+        )
+    if x.dim() != 4:
+        raise InputError(f"images must be [N, C, H, W], not of shape {tuple(x.shape)}")
+    if not x.is_floating_point() or not (float(x.min()) >= 0 and float(x.max()) <= 1):  # NaN is neither
+        raise InputError("images must be floating point with pixels in [0, 1]; normalisation belongs inside the model")
+    if y.dtype != torch.int64 or y.dim() != 1:
+        raise InputError(f"labels must be int64 of shape [N], not {y.dtype} of shape {tuple(y.shape)}")
+
+
+def check_model(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Raise ``InputError`` for a model whose answers cannot be judged. Tried on a few images of the batch."""
+    with torch.no_grad():
+        logits = model(x[:4])
+    if not isinstance(logits, Tensor):
+        raise InputError(
+            f"the model returns a {type(logits).__name__}, not logits [N, classes]: wrap it in a module that returns "
+            "them"
+        )
+    if logits.dim() != 2 or len(logits) != len(x[:4]) or logits.shape[1] < 2 or not logits.is_floating_point():
+        raise InputError(
+            f"the model returns {logits.dtype} of shape {tuple(logits.shape)} for {len(x[:4])} images: "
+            "logits [N, classes] are needed, of at least 2 classes"
+        )
+    if not bool(logits.isfinite().all()):
+        raise InputError("the model returns NaN or infinite logits for clean images: it is damaged, or diverged")
+    lowest, highest = int(y.min()), int(y.max())
+    if lowest < 0 or highest >= logits.shape[1]:
+        raise InputError(
+            f"labels {lowest}..{highest}, but the model has {logits.shape[1]} classes 0..{logits.shape[1] - 1}"
+        )
+
+
+def correct(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> Tensor:
+    """Which samples [N] the model, as it stands, gets right."""
     with torch.no_grad():
         pairs = zip(x.split(batch_size), y.split(batch_size), strict=True)
         return torch.cat([right(model(images), labels) for images, labels in pairs])

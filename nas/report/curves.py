@@ -98,8 +98,9 @@ def curves(
     unit: Literal["share", "number"],
     boundaries: Sequence[float] = (),
     top: float | None = None,
+    axis: str = "epoch",
 ) -> str:
-    """Lines over epochs as inline SVG, "" if there is nothing to draw.
+    """Lines over epochs, or over what ``axis`` names, as inline SVG; "" if there is nothing to draw.
 
     boundaries: epochs at which a new stage begins, marked by vertical lines;  top: end of the vertical axis.
     """
@@ -126,16 +127,16 @@ def curves(
             axes.axvline(boundary, color=FRAME, linewidth=0.9, linestyle=(0, (2, 2)))
         # All epochs, also those without a value, so that the pictures of one search have the same axis.
         epochs = [epoch for one in series for epoch in one.epochs]
-        margin = max(0.5, 0.02 * (max(epochs) - min(epochs)))
+        margin = max(0.5 if axis == "epoch" else 0.0, 0.02 * (max(epochs) - min(epochs)))
         axes.set_xlim(min(epochs) - margin, max(epochs) + margin)
         _stage_numbers(axes, boundaries)
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        axes.set_xlabel(axis)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=axis == "epoch", nbins=8))
         if unit == "share":
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if unit == "number" else 0.0, top=top)
         _legend(figure, list(handles.values()), list(handles))
-        return _inline(figure, f"{title}. {_in_words(series, unit)}")
+        return _inline(figure, f"{title}. {_in_words(series, unit, axis)}")
 
 
 def intervals(title: str, rows: Sequence[Interval]) -> str:
@@ -200,7 +201,7 @@ def _legend(figure: Figure, handles: Sequence[Line2D], names: Sequence[str]) -> 
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9.5, handlelength=2.6)
 
 
-def _in_words(series: Sequence[Series], unit: str) -> str:
+def _in_words(series: Sequence[Series], unit: str, axis: str = "epoch") -> str:
     """The gist of a picture for those who do not see it."""
 
     def number(value: float) -> str:
@@ -209,7 +210,7 @@ def _in_words(series: Sequence[Series], unit: str) -> str:
     parts = []
     for one in series:
         (first, start), (last, end) = one.points[0], one.points[-1]
-        parts.append(f"{one.name}: {number(start)} at epoch {first:g}, {number(end)} at epoch {last:g}")
+        parts.append(f"{one.name}: {number(start)} at {axis} {first:g}, {number(end)} at {axis} {last:g}")
     return "; ".join(parts)
 
 

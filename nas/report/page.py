@@ -43,7 +43,7 @@ def render(results: Data) -> str:
     models: Sequence[Data] = results.get("models") or ()
     analysis: Data = results.get("analysis") or {}
     genotype, problem = _genotype(results.get("genotype"))
-    return _template().render(
+    return template("page").render(
         results=results,
         threat=_threat(results.get("threat_model")),
         verdict=results.get("verdict") or verdict(results),
@@ -62,12 +62,15 @@ def render(results: Data) -> str:
 
 
 @cache
-def _template() -> Template:
+def template(name: str) -> Template:
+    """The template ``name`` of a page, with the filters and the style that all pages share."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
         percent=percent, count=count, quantity=quantity, duration=duration, small=lambda value: f"{value:.2g}"
     )
-    return environment.from_string(resources.files("nas.report").joinpath("page.html.jinja").read_text("utf-8"))
+    folder = resources.files("nas.report")
+    environment.globals["style"] = Markup(folder.joinpath("style.css.jinja").read_text("utf-8"))
+    return environment.from_string(folder.joinpath(f"{name}.html.jinja").read_text("utf-8"))
 
 
 def percent(share: float | None) -> str:

@@ -252,15 +252,85 @@ def test_wrong_inputs_are_refused():
 
 
 def test_a_model_without_an_answer_is_not_right():
-    """argmax of NaN is the position of the NaN: it must not count as class 0, neither naturally nor under attack."""
+    """argmax of NaN is the position of the NaN: under attack it must not count as class 0."""
+
+    class Falters(nn.Module):
+        def forward(self, x):
+            logits = torch.zeros(len(x), 3) + x.mean((1, 2, 3))[:, None]
+            logits[:, 0] += 1
+            return logits / (x.mean((1, 2, 3)) != 0.25)[:, None]  # infinite minus infinite in the margin
+
+    class Constant:
+        def __call__(self, model, x, y, *, generator):
+            return torch.full_like(x, 0.25)
+
+    x = torch.rand(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    result = evaluate(Falters(), x, torch.zeros(5, dtype=torch.long), {"a": Trial(Constant())}, seed=0)
+    assert bool(result.natural.all())
 
     class Silent(nn.Module):
         def forward(self, x):
-            return torch.full((len(x), 3), float("nan")) + x.mean()
+            silent = (x == 0.25).flatten(1).all(1)
+            logits = torch.tensor([[1.0, 0.0, 0.0]]).repeat(len(x), 1)
+            logits[silent] = torch.nan
+            return logits
 
-    _, x, _ = _linear()
-    result = evaluate(Silent(), x, torch.zeros(len(x), dtype=torch.long), {"a": Trial(_Noise())}, seed=0)
-    assert not bool(result.natural.any())
+    result = evaluate(Silent(), x, torch.zeros(5, dtype=torch.long), {"a": Trial(Constant())}, seed=0)
+    assert bool(result.natural.all()) and not bool(result.worst_case.any())
+
+
+class _Answers(nn.Module):
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x):
+        return self.answer(x)
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (lambda x: (x.flatten(1)[:, :3], x), "returns a tuple"),
+        (lambda x: {"logits": x.flatten(1)}, "returns a dict"),
+        (lambda x: x, r"shape \(4, 1, 4, 4\)"),
+        (lambda x: x.flatten(1)[:, :1], "at least 2 classes"),
+        (lambda x: x.flatten(1).long(), "int64"),
+        (lambda x: x.flatten(1)[:, :3] / 0 * 0, "NaN or infinite"),
+        (lambda x: x.flatten(1)[:, :2], r"labels 0\.\.2, but the model has 2 classes"),
+    ],
+)
+def test_a_model_that_cannot_be_judged_is_refused(answer, says):
+    x, y = torch.rand(6, 1, 4, 4), torch.arange(6) % 3
+    with pytest.raises(InputError, match=says):
+        evaluate(_Answers(answer), x, y, {}, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "says"),
+    [
+        (torch.rand(4, 16), torch.zeros(4, dtype=torch.long), "N, C, H, W"),
+        (torch.rand(4, 1, 4, 4), torch.zeros(4), "int64"),
+        (torch.rand(4, 1, 4, 4), torch.zeros(4, 1, dtype=torch.long), "int64"),
+        (torch.rand(4, 1, 4, 4), torch.tensor([0, 1, -1, 2]), r"labels -1\.\.2"),
+        (torch.zeros(4, 1, 4, 4, dtype=torch.uint8), torch.zeros(4, dtype=torch.long), "floating point"),
+        (torch.rand(4, 1, 4, 4) * 255, torch.zeros(4, dtype=torch.long), r"\[0, 1\]"),
+        (torch.full((4, 1, 4, 4), torch.nan), torch.zeros(4, dtype=torch.long), r"\[0, 1\]"),
+    ],
+)
+def test_images_and_labels_that_cannot_be_judged_are_refused(x, y, says):
+    with pytest.raises(InputError, match=says):
+        evaluate(_Answers(lambda x: x.flatten(1)[:, :3]), x, y, {}, seed=0)
+
+
+def test_accuracies_by_class():
+    labels = torch.tensor([0, 0, 0, 2, 2])
+    natural, survived = torch.tensor([1, 1, 0, 1, 1]).bool(), torch.tensor([1, 0, 1, 1, 1]).bool()
+    rows = Evaluation(natural, {"a": survived}, {}, labels).to_data()["per_class"]
+    assert [(row["class"], row["n"]) for row in rows] == [(0, 3), (2, 2)]
+    assert [row["natural"] for row in rows] == pytest.approx([2 / 3, 1])
+    assert [row["worst_case"] for row in rows] == pytest.approx([1 / 3, 1])
+    assert all(row["interval"][0] <= row["worst_case"] <= row["interval"][1] for row in rows)
 
 
 def test_a_trial_is_named_by_its_attack():

@@ -371,3 +371,35 @@ def test_a_memory_budget_is_met_by_recomputing_cells(tmp_path: Path, monkeypatch
     assert small.table["search"]["recompute_cells"] is True
     assert "recompute_cells" not in plain.table["search"]
     assert small.needed("search") == plain.needed("search")
+
+
+# --- networks attacked by suites, and networks from outside
+
+
+def test_a_suite_judges_a_network_of_a_run(finished_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    result = nas("attack", run, "--suite", "quick", "--samples", "40", "--json").json()
+    assert result["suite"] == "quick" and result["n"] == 40
+    assert list(result["attacks"]) == ["fgsm", "pgd-20", "pgd-20-margin"]
+    assert sum(row["n"] for row in result["per_class"]) == 40
+    (page,) = run.glob("attack-suite-quick*/report.html")
+    text = page.read_text(encoding="utf-8")
+    assert text.count("data:image/png;base64,") % 3 == 0
+    assert "search by queries" in text
+    again = nas("attack", run, "--suite", "quick", "--samples", "40", "--json", "--out", tmp_path / "again").json()
+    assert again == result
+
+
+def test_a_network_from_outside_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_models.py").write_text(
+        "import torch\n\ndef tiny():\n    torch.manual_seed(0)\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    options = ["--data", "digits", "--attack", "pgd", "--set", "steps=5", "--epsilon", "0.1", "--samples", "30"]
+    result = nas("attack", "my_models:tiny", *options, "--out", "judged", "--json").json()
+    assert result["name"] == "my_models:tiny" and result["n"] == 30
+    assert result["threat_model"] == {"norm": "linf", "epsilon": 0.1}
+    assert result["attack_settings"]["pgd"].startswith("PGD-5, linf 0.1")
+    assert (tmp_path / "judged" / "report.html").exists()

@@ -467,3 +467,36 @@ def test_a_search_larger_than_the_memory_budget(tmp_path: Path, monkeypatch: pyt
                                                  "search.batch_size = 40 fits")  # fmt: skip
     assert not out.exists()
     assert "above 0" in nas("search", "digits", *TINY, "--memory-budget", "-1").refusal
+
+
+# --- attacks
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--suite", "standart"], "did you mean 'standard'"),
+        (["--suite", "quick", "--attack", "pgd"], "--suite brings its own attacks"),
+        (["--attack", "pgd", "--epsilon", "-1"], "epsilon"),
+        (["--attack", "pgd", "--norm", "l3"], "l3"),
+        (["--suite", "quick", "--data", "digits"], "from outside"),
+    ],
+)
+def test_attacks_on_a_run_that_cannot_be(finished_run: Path, options: list[str], says: str) -> None:
+    before = {name: content for name, content in contents(finished_run).items() if name != "lock"}
+    assert says in nas("attack", finished_run, *options).refusal
+    assert {name: content for name, content in contents(finished_run).items() if name != "lock"} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["no_such_module:build", "--suite", "quick"], "--data"),
+        (["no_such_module:build", "--data", "digits"], "--suite or --attack"),
+        (["no_such_module:build", "--data", "digits", "--suite", "quick"], "cannot import"),
+        (["nothing.pt2", "--data", "digits", "--suite", "quick"], "no file"),
+        (["torch.nn:Identity", "--data", "digits", "--suite", "quick"], "logits [N, classes] are needed"),
+    ],
+)
+def test_networks_from_outside_that_cannot_be(tmp_path: Path, options: list[str], says: str) -> None:
+    assert says in nas("attack", *options, "--out", tmp_path / "out").refusal
