@@ -21,10 +21,17 @@ from search_spaces.dsara import SPACE
 PLUGINS = plugins.available("attacks")
 EPSILON = {"linf": 0.06, "l2": 0.4}
 
-QUICK: dict[str, dict[str, object]] = {}
+QUICK: dict[str, dict[str, object]] = {"autoattack": {"steps": 2, "queries": 4}}
 """Settings that make an attack of many parts quick, where taking at most ten of whatever it counts does not."""
 
-MAXIMISERS = [name for name, cls in PLUGINS.items() if not hasattr(cls, "nearest") and not hasattr(cls, "attempt")]
+SUITES = [name for name, cls in PLUGINS.items() if hasattr(cls, "attacks")]
+"""Attacks one after the other, each content with a misclassified image."""
+
+MAXIMISERS = [
+    name
+    for name, cls in PLUGINS.items()
+    if not hasattr(cls, "nearest") and not hasattr(cls, "attempt") and name not in SUITES
+]
 """Attacks that climb their loss by gradients to the edge of the ball."""
 
 NEAREST = {name: 1.05 for name, cls in PLUGINS.items() if hasattr(cls, "nearest")}

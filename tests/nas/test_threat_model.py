@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import optimize, stats
@@ -191,3 +192,83 @@ def test_wrong_threat_models_are_refused():
             ThreatModel(**settings)
     with pytest.raises(InputError, match="linf"):
         ThreatModel("lin")
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_edges_and_dual_norms(norm):
+    delta, generator = _random(9, 2, 3, 3), torch.Generator().manual_seed(0)
+    edge = NORMS[norm].edge(delta, 0.7, generator)
+    torch.testing.assert_close(SIZE[norm](edge), torch.full((9,), 0.7).double())
+    assert 0.3 < float((edge > 0).double().mean()) < 0.7
+    torch.testing.assert_close(NORMS[norm].dual(delta), DUAL[norm](delta))
+
+
+def _smallest_move(norm, x, normal, height):
+    """The size of the solution of the linear or quadratic programme, by scipy; None where there is none."""
+    d = len(x)
+    bounds = [(-value, 1 - value) for value in x]
+    if norm == "l2":
+        solution = optimize.minimize(
+            lambda move: (move**2).sum(),
+            [0.0] * d,
+            jac=lambda move: 2 * move,
+            method="SLSQP",
+            bounds=bounds,
+            constraints={"type": "eq", "fun": lambda move: normal @ move + height, "jac": lambda move: normal},
+            options={"ftol": 1e-15, "maxiter": 500},
+        )
+        return solution.fun**0.5 if solution.success else None
+    # Variables: the move, then a bound of each size (l_1: their sum, l_inf: all the same) is minimised.
+    sizes = np.eye(d) if norm == "l1" else np.ones((d, 1))
+    above = np.block([[np.eye(d), -sizes], [-np.eye(d), -sizes]])
+    solution = optimize.linprog(
+        [0.0] * d + [1.0] * sizes.shape[1],
+        A_ub=above,
+        b_ub=[0.0] * 2 * d,
+        A_eq=[[*normal, *[0.0] * sizes.shape[1]]],
+        b_eq=[-height],
+        bounds=bounds + [(0, None)] * sizes.shape[1],
+    )
+    return solution.fun if solution.success else None
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_smallest_move_onto_a_plane(norm):
+    """Against scipy; where the box does not reach the plane, every pixel goes to its end."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(60, 1, 2, 4, generator=generator, dtype=torch.float64)
+    x[0, 0, 0, :2], x[1, 0, 1] = 0.0, 1.0
+    normal = _random(60, 1, 2, 4, seed=1)
+    normal[2, 0, 0] = 0
+    height = 2.5 * _random(60, seed=2)
+    height[3] = 0
+    move = NORMS[norm].onto_plane(x, normal, height, 0.0, 1.0)
+    assert float((x + move).min()) >= -1e-12
+    assert float((x + move).max()) <= 1 + 1e-12
+    reached = (normal * move).flatten(1).sum(1) + height
+    missed = 0
+    for row in range(60):
+        flat, weights = x[row].flatten().numpy(), normal[row].flatten().numpy()
+        least = _smallest_move(norm, flat, weights, float(height[row]))
+        if least is None:
+            missed += 1
+            ends = torch.where(normal[row] * height[row] > 0, 0.0, 1.0)
+            there = (x[row] + move[row] == ends) | (normal[row] == 0)
+            assert bool(there.all()), row
+        else:
+            assert abs(float(reached[row])) < 1e-9
+            assert float(NORMS[norm].size(move[row : row + 1])) == pytest.approx(least, rel=1e-5, abs=1e-7)
+    assert 0 < missed < 30
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1e15])
+def test_planes_of_tiny_and_huge_gradients(norm, scale):
+    x = torch.full((3, 1, 4, 4), 0.5)
+    normal = _random(3, 1, 4, 4, dtype=torch.float32)
+    height = torch.tensor([0.1, -0.2, 0.3])
+    expected = NORMS[norm].onto_plane(x, normal, height, 0.0, 1.0)
+    found = NORMS[norm].onto_plane(x, normal * scale, height * scale, 0.0, 1.0)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    nowhere = NORMS[norm].onto_plane(x, torch.zeros_like(x), height, 0.0, 1.0)
+    assert torch.equal(nowhere, torch.zeros_like(x))
