@@ -23,7 +23,7 @@ class Bandits(ScoreBased):
     step costs three queries: two probes and the new image. Probes may leave the ball; only images in it count as found.
 
     update: how v moves. "exponentiated" keeps it in [-1, 1] by exponentiated gradients (the paper's for l_inf);
-    "ascent" adds to it (the paper's for l_2). probe and step_size are in pixel units; step_size 0 means epsilon / 10.
+    "ascent" adds to it (the paper's for l_2). probe and step_size are in pixel units; step_size 0 means epsilon / 5.
     Reconstruction in one respect: slopes are divided by the root of their mean square so far, so that ``rate`` does
     not depend on the scale of the logits.
     """
@@ -32,7 +32,7 @@ class Bandits(ScoreBased):
     exploration: float = 1.0
     probe: float = 0.1
     rate: float = 1.0
-    update: Literal["exponentiated", "ascent"] = "exponentiated"
+    update: Literal["ascent", "exponentiated"] = "ascent"
     step_size: float = 0.0
 
     def __post_init__(self) -> None:
@@ -44,7 +44,7 @@ class Bandits(ScoreBased):
     @property
     def step(self) -> float:
         """The step size in force."""
-        return self.step_size or self.threat_model.epsilon / 10
+        return self.step_size or self.threat_model.epsilon / 5
 
     def _spend(self, oracle: Oracle, margins: Tensor, generator: torch.Generator) -> Tensor:
         threat_model, x_adv = self.threat_model, oracle.x.clone()

@@ -18,13 +18,13 @@ class Nes(ScoreBased):
     Ilyas et al., ICML 2018, arXiv 1804.08598, section 2.1, untargeted on the margin of the logits: with u ~ N(0, I),
     g = 1 / (2 pairs sigma) sum u (L(x + sigma u) - L(x - sigma u)). A step costs 2 ``pairs`` queries and one for the
     new image. Probes may leave pixel bounds and ball by about ``sigma``; only images within them count as found.
-    sigma and step_size are in pixel units; step_size 0 means epsilon / 5. momentum is that of the estimate.
+    sigma and step_size are in pixel units; step_size 0 means epsilon / 4. momentum is that of the estimate.
     """
 
-    pairs: int = 25
-    sigma: float = 0.001
+    pairs: int = 20
+    sigma: float = 0.01
     step_size: float = 0.0
-    momentum: float = 0.0
+    momentum: float = 0.75
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -33,7 +33,7 @@ class Nes(ScoreBased):
     @property
     def step(self) -> float:
         """The step size in force."""
-        return self.step_size or self.threat_model.epsilon / 5
+        return self.step_size or self.threat_model.epsilon / 4
 
     def _spend(self, oracle: Oracle, margins: Tensor, generator: torch.Generator) -> Tensor:
         threat_model, x_adv = self.threat_model, oracle.x.clone()

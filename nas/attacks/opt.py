@@ -21,14 +21,15 @@ class Opt(DecisionBased):
 
     Cheng et al., ICLR 2019, arXiv 1807.04457, algorithms 1 and 2. g(theta) is the least lambda for which
     x + lambda theta, clipped to the pixel bounds, is misclassified; each value costs a search and a bisection. The
-    gradient is the mean of (g(theta + beta u) - g(theta)) / beta u over ``directions`` Gaussian u, theta is kept on the
-    unit sphere of the norm, and the step length is doubled while that helps or else halved. The paper is about
-    l_2; other norms are this project's extension (steepest steps, theta brought back into the unit ball).
+    gradient is the mean of (g(theta + beta u) - g(theta)) / beta u over ``directions`` random u of unit length, at
+    right angles to theta, along which the slope is known. theta is kept on the unit sphere of the norm, and the step
+    length is doubled while that helps or else halved. The paper is about l_2; other norms are this
+    project's extension (steepest steps, theta brought back into the unit ball).
     tolerance: accuracy of g in the estimate, as a share of g.
     """
 
     directions: int = 10
-    beta: float = 0.01
+    beta: float = 0.02
     step_size: float = 0.2
     tolerance: float = 1e-4
 
@@ -40,13 +41,7 @@ class Opt(DecisionBased):
         rows, theta, radius = first_directions(oracle, start, generator, self.tolerance)
 
         def slopes(theta: Tensor, radius: Tensor, rows: Tensor) -> Tensor:
-            total = torch.zeros_like(theta)
-            for several in portions(self.directions, len(rows)):
-                u = normal((len(rows), several, *theta.shape[1:]), theta, generator)
-                u = u / per_image(u.flatten(2).norm(dim=2), u)
-                found = boundary_radius(oracle, rows, theta.unsqueeze(1) + self.beta * u, radius, self.tolerance)
-                total += (per_image(found - radius.unsqueeze(1), u) * u).sum(1)
-            return total
+            return distance_slopes(oracle, rows, theta, radius, self.directions, self.beta, self.tolerance, generator)
 
         descend(oracle, rows, theta, radius, slopes, self.step_size, self.tolerance)
 
@@ -55,6 +50,34 @@ class Opt(DecisionBased):
             f"OPT, {self.threat_model}, {self.queries} queries, {self.directions} directions, beta {self.beta:.6g}, "
             f"step {self.step_size:.6g}, tolerance {self.tolerance:.6g}"
         )
+
+
+def distance_slopes(
+    oracle: Oracle,
+    rows: Tensor,
+    theta: Tensor,
+    radius: Tensor,
+    directions: int,
+    beta: float,
+    tolerance: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """An estimate [n, C, H, W] of the gradient, by ``theta``, of the lambda at which x + lambda theta is misclassified.
+
+    Only what is at right angles to theta has to be estimated: lambda is inversely proportional to the length of theta,
+    so its slope along theta is -lambda.
+    """
+    squared = per_image(theta.flatten(1).square().sum(1), theta)
+    total = torch.zeros_like(theta)
+    for several in portions(directions, len(rows)):
+        u = normal((len(rows), several, *theta.shape[1:]), theta, generator)
+        u = u - per_image((u * theta.unsqueeze(1)).flatten(2).sum(2), u) * (theta / squared).unsqueeze(1)
+        u = u / per_image(u.flatten(2).norm(dim=2).clamp_min(torch.finfo(u.dtype).tiny), u)
+        found = boundary_radius(oracle, rows, theta.unsqueeze(1) + beta * u, radius, tolerance)
+        slope = (found - radius.unsqueeze(1)) / beta
+        total += (per_image(slope.where(slope.isfinite(), 0), u) * u).sum(1)
+    # u is uniform on the unit sphere at right angles to theta: the mean of u u^T is the identity over its dimension.
+    return total * max(theta[0].numel() - 1, 1) / directions - per_image(radius, theta) * theta / squared
 
 
 def first_directions(

@@ -113,14 +113,15 @@ class Oracle:
             logits = self.model(images)
         self.queries.scatter_reduce_(0, rows, numbers, "amax")
         wrong = ~right(logits, self.y[rows])
-        flat = images.flatten(1)
-        valid = wrong & (flat >= self.threat_model.lower).all(1) & (flat <= self.threat_model.upper).all(1)
-        if bool(valid.any()):
-            self._keep(images[valid], rows[valid], numbers[valid])
+        if bool(wrong.any()):
+            self._keep(images[wrong], rows[wrong], numbers[wrong])
         return logits, wrong
 
     def _keep(self, images: Tensor, rows: Tensor, numbers: Tensor) -> None:
-        """Remember misclassified images."""
+        """Remember the misclassified ``images`` that are within the pixel bounds."""
+        flat = images.flatten(1)
+        valid = (flat.amin(1) >= self.threat_model.lower) & (flat.amax(1) <= self.threat_model.upper)
+        images, rows, numbers = images[valid], rows[valid], numbers[valid]
         distances = self.threat_model.distance(images, self.x[rows])
         closest = self.distance.scatter_reduce(0, rows, distances, "amin")
         new = (distances == closest[rows]) & (distances < self.distance[rows])

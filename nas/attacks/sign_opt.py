@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from nas.attacks.opt import descend, first_directions
 from nas.attacks.queries import DecisionBased, Oracle, check_positive, normal, per_image, portions
+from nas.errors import InputError
+from nas.threat_model import ThreatModel
 
 
 @dataclass(frozen=True)
 class SignOpt(DecisionBased):
-    """Sign-OPT: OPT with the gradient estimated from the signs of its slopes, at one query each.
+    """Sign-OPT: OPT in l_2 with the gradient estimated from the signs of its slopes, at one query each.
 
-    Cheng et al., ICLR 2020, arXiv 1909.10773, algorithm 1: x + g(theta) (theta + h u) misclassified means that the
-    boundary is nearer along theta + h u. The estimate is the mean of the signs times u over ``directions``
-    Gaussian u; the rest is as in OPT, in other norms than l_2 too.
+    Cheng et al., ICLR 2020, arXiv 1909.10773, algorithm 1: if the image as far along theta + h u as the boundary is on
+    theta is misclassified, the boundary is nearer there. The estimate is the mean of the signs times u over
+    ``directions`` Gaussian u of unit length; the rest is as in OPT. Signs do not tell how steep the slope is beside
+    that along theta itself, which is known; other norms than l_2 would need both.
     tolerance: accuracy of the distance along a direction, as a share of it.
     """
 
+    threat_model: ThreatModel = field(default_factory=lambda: ThreatModel("l2"))
     directions: int = 100
     h: float = 0.01
     step_size: float = 0.2
@@ -29,6 +33,8 @@ class SignOpt(DecisionBased):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "directions", "h", "step_size", "tolerance")
+        if self.threat_model.norm != "l2":
+            raise InputError(f"sign_opt minimises the l2 norm, not {self.threat_model.norm}: set norm = 'l2'")
 
     def _spend(self, oracle: Oracle, start: Tensor | None, generator: torch.Generator) -> None:
         rows, theta, radius = first_directions(oracle, start, generator, self.tolerance)

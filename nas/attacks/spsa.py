@@ -17,11 +17,11 @@ class Spsa(ScoreBased):
 
     Uesato et al., ICML 2018, arXiv 1802.05666, algorithm 1, on the margin of the logits; iterates are projected. A step
     costs 2 ``pairs`` queries and one for the new image. delta is the size of a probe in every pixel and step_size
-    Adam's learning rate, both in pixel units; step_size 0 means epsilon / 5. Probes may leave pixel bounds and ball by
+    Adam's learning rate, both in pixel units; step_size 0 means epsilon / 2. Probes may leave pixel bounds and ball by
     ``delta``; only images within them count as found.
     """
 
-    pairs: int = 25
+    pairs: int = 20
     delta: float = 0.01
     step_size: float = 0.0
 
@@ -32,7 +32,7 @@ class Spsa(ScoreBased):
     @property
     def step(self) -> float:
         """The learning rate in force."""
-        return self.step_size or self.threat_model.epsilon / 5
+        return self.step_size or self.threat_model.epsilon / 2
 
     def _spend(self, oracle: Oracle, margins: Tensor, generator: torch.Generator) -> Tensor:
         x_adv, rows, updates = oracle.x.clone(), oracle.unbroken, 0

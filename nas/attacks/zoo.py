@@ -28,7 +28,7 @@ class Zoo(ScoreBased):
     threat_model: ThreatModel = field(default_factory=lambda: ThreatModel("l2"))
     block: int = 64
     h: float = 1e-3
-    step_size: float = 0.01
+    step_size: float = 0.05
     adaptation: float = 1.2
 
     def __post_init__(self) -> None:
