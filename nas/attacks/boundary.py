@@ -11,6 +11,9 @@ from nas.attacks.queries import DecisionBased, Oracle, check_positive, normal, p
 from nas.errors import InputError
 from nas.threat_model import ThreatModel
 
+CONVERGED = 1e-6
+"""Where a step towards the image, as a share of the distance, is as small as this, a sample is done."""
+
 
 @dataclass(frozen=True)
 class Boundary(DecisionBased):
@@ -43,7 +46,7 @@ class Boundary(DecisionBased):
         spherical = torch.full_like(oracle.distance, self.spherical_step)
         source = torch.full_like(oracle.distance, self.source_step)
         step = 0
-        while len(rows := rows[oracle.open(rows)]):
+        while len(rows := rows[oracle.open(rows) & (source[rows] > CONVERGED)]):
             on_sphere, candidates = self._proposed(oracle, rows, spherical[rows], source[rows], generator)
             if step % 5 == 0:
                 held = oracle.misclassified(on_sphere, rows)

@@ -265,20 +265,19 @@ def started(oracle: Oracle, start: Tensor | None, generator: torch.Generator) ->
         missing = rows[oracle.open(rows) & oracle.distance.isinf()]
         if len(missing) == 0:
             break
-        oracle.misclassified(_noise(oracle, missing, attempt, generator), missing)
+        oracle.misclassified(noise(oracle, missing, attempt, generator, grey=attempt // 4 % 2 == 0), missing)
     return rows[oracle.open(rows) & oracle.distance.isfinite()]
 
 
-def _noise(oracle: Oracle, rows: Tensor, attempt: int, generator: torch.Generator) -> Tensor:
-    """Random images [n, C, H, W]: grains of a pixel, a quarter, a half or all of the side, grey or black and white."""
+def noise(oracle: Oracle, rows: Tensor, attempt: int, generator: torch.Generator, *, grey: bool) -> Tensor:
+    """Random images [n, C, H, W], grey or black and white, in turn with grains of a pixel, 1/4, 1/2 or all of a side."""
     channels, height, width = oracle.x.shape[1:]
     grid = [(height, width), (4, 4), (2, 2), (1, 1)][attempt % 4]
     size = (len(rows), channels, min(grid[0], height), min(grid[1], width))
-    noise = torch.rand(size, generator=generator, device=oracle.x.device, dtype=oracle.x.dtype)
-    if attempt // 4 % 2:
-        noise = noise.round()
+    grains = torch.rand(size, generator=generator, device=oracle.x.device, dtype=oracle.x.dtype)
     lower, upper = oracle.threat_model.lower, oracle.threat_model.upper
-    return (lower + (upper - lower) * F.interpolate(noise, (height, width))).clamp(lower, upper)
+    images = lower + (upper - lower) * (grains if grey else grains.round())
+    return F.interpolate(images, (height, width)).clamp(lower, upper)
 
 
 def to_boundary(oracle: Oracle, rows: Tensor, images: Tensor, tolerance: float) -> Tensor:

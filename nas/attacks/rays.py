@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from nas.attacks.queries import DecisionBased, Oracle, check_positive
+from nas.attacks.queries import START_TRIES, DecisionBased, Oracle, check_positive, noise
 from nas.errors import InputError
 
 
@@ -20,8 +20,9 @@ class RayS(DecisionBased):
     Chen & Gu, KDD 2020, arXiv 2006.12792, algorithms 2 and 3. Of the signs of all pixels one of 1, 2, 4, 8 ... blocks
     after the other is flipped, one query each at the least radius so far; where the image still is misclassified the
     flip stays and the radius is bisected to ``tolerance`` pixel units. It begins with all signs up, or those that
-    lead to a start image, and has no randomness. After single pixels it begins anew; a sample for which none of
-    all flips helps is done.
+    lead to a start image, and where the far end of these is not misclassified with random ones (this project's
+    addition: with pixel bounds there is a farthest image). After single pixels it begins anew; a sample for which none
+    of all flips helps is done.
     """
 
     tolerance: float = 1e-3
@@ -39,7 +40,15 @@ class RayS(DecisionBased):
         radius = torch.full_like(oracle.distance, self.threat_model.upper - self.threat_model.lower)
         rows = torch.arange(len(signs), device=signs.device)
         rows = rows[oracle.open(rows)]
-        self._try(oracle, rows, signs, radius, signs[rows], torch.zeros_like(radius, dtype=torch.bool))
+        helped = torch.zeros_like(radius, dtype=torch.bool)
+        self._try(oracle, rows, signs, radius, signs[rows], helped)
+        for attempt in range(START_TRIES):
+            missing = rows[oracle.open(rows) & oracle.distance[rows].isinf()]
+            if len(missing) == 0:
+                break
+            corners = noise(oracle, missing, attempt, generator, grey=False).flatten(1)
+            upwards = corners > (self.threat_model.lower + self.threat_model.upper) / 2
+            self._try(oracle, missing, signs, radius, 2 * upwards.to(signs.dtype) - 1, helped)
         while len(rows):
             helped = torch.zeros_like(radius, dtype=torch.bool)
             for block in blocks(signs.shape[1]):

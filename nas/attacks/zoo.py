@@ -18,17 +18,18 @@ class Zoo(ScoreBased):
 
     Chen et al., AISec 2017, arXiv 1708.03999, algorithms 1 and 2: |delta|_2^2 + c max(-margin, 0), the margin's
     derivative by each pixel of the block taken as a symmetric difference over 2 ``h``. A step costs two queries a pixel
-    and one for the new image. The samples of a batch share their blocks. step_size is in pixel units.
+    and one for the new image. The samples of a batch share their blocks.
 
-    Reconstruction in one respect: c is not searched for in several runs, each of which costs as many queries. It starts
-    where the first derivatives say that both terms balance at the boundary, and is multiplied or divided by
-    ``adaptation`` after every step, as the image is still right or not: a multiplier that settles at the boundary.
+    Reconstruction in two respects, for budgets of thousands rather than millions. c is not searched for in several
+    runs, each of which costs as many queries: it starts where the first derivatives say that both terms balance at the
+    boundary, and is multiplied or divided by ``adaptation`` after every step, as the image is still right or not: a
+    multiplier that settles at the boundary. And the n-th step at a pixel is ``step_size`` / sqrt(n), in pixel units.
     """
 
     threat_model: ThreatModel = field(default_factory=lambda: ThreatModel("l2"))
     block: int = 64
     h: float = 1e-3
-    step_size: float = 0.05
+    step_size: float = 0.1
     adaptation: float = 1.2
 
     def __post_init__(self) -> None:
@@ -100,12 +101,12 @@ class Zoo(ScoreBased):
         mean[at] = 0.9 * mean[at] + 0.1 * gradient
         square[at] = 0.999 * square[at] + 0.001 * gradient.square()
         scale = (square[at] / (1 - 0.999**updates)).sqrt().clamp_min(torch.finfo(x_adv.dtype).tiny)
-        x_adv[at] -= self.step_size * mean[at] / (1 - 0.9**updates) / scale
+        x_adv[at] -= self.step_size / updates.sqrt() * mean[at] / (1 - 0.9**updates) / scale
 
     def __str__(self) -> str:
         return (
             f"ZOO, {self.threat_model}, {self.queries} queries, blocks of {self.block} pixels, h {self.h:.6g}, "
-            f"step {self.step_size:.6g}, c adapted by {self.adaptation:.6g}"
+            f"first step {self.step_size:.6g}, c adapted by {self.adaptation:.6g}"
         )
 
 
