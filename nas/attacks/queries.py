@@ -270,7 +270,7 @@ def started(oracle: Oracle, start: Tensor | None, generator: torch.Generator) ->
 
 
 def noise(oracle: Oracle, rows: Tensor, attempt: int, generator: torch.Generator, *, grey: bool) -> Tensor:
-    """Random images [n, C, H, W], grey or black and white, in turn with grains of a pixel, 1/4, 1/2 or all of a side."""
+    """Random images [n, C, H, W], grey or black and white, with grains of a pixel, 1/4, 1/2, all of a side in turn."""
     channels, height, width = oracle.x.shape[1:]
     grid = [(height, width), (4, 4), (2, 2), (1, 1)][attempt % 4]
     size = (len(rows), channels, min(grid[0], height), min(grid[1], width))

@@ -19,7 +19,7 @@ def test_the_cosine_with_the_gradient_rises_with_the_pairs_as_it_should(half_spa
         found = antithetic(oracle, x, rows, pairs, 0.01, normal, torch.Generator().manual_seed(0))
         assert float(cosine(found, model.w).mean()) == pytest.approx(math.sqrt(pairs / (pairs + 64)), abs=0.05)
         assert oracle.queries.tolist() == [2 * pairs] * 20
-    torch.testing.assert_close(found.mean(0), 2 * model.w, rtol=0, atol=0.1)
+    torch.testing.assert_close(found.mean(0), 2 * model.w, rtol=0, atol=0.5)  # four standard deviations
 
 
 def test_sigma_does_not_matter_to_a_linear_function(half_space, oracle_of):

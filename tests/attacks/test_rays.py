@@ -28,7 +28,7 @@ def test_every_level_of_blocks_covers_every_pixel_once(size):
 
 def test_the_distance_of_a_half_space_is_found_to_the_tolerance(half_space):
     """Every pixel ends with the sign of its weight."""
-    model, x, y = half_space(distance=1.0)
+    model, x, y = half_space()
     exact = (model.offset - ((x - 0.5) * model.w).flatten(1).sum(1)) / model.w.abs().sum()
     found = RayS(LINF, queries=10**5, tolerance=1e-6).nearest(model, x, y, generator=torch.Generator())
     assert bool((model(found).argmax(1) == 1).all())
