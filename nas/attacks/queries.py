@@ -146,10 +146,22 @@ class Oracle:
         return (self.broken_at < 0).nonzero().squeeze(1)
 
     def attempt(self, last: Tensor) -> Attempt:
-        """The outcome; ``last`` [N, C, H, W] is what remains of the samples that were not broken."""
+        """The outcome; ``last`` [N, C, H, W], the projection of which was shown, remains of samples not broken."""
         broken = per_image(self.broken_at >= 0, last)
         x_adv = torch.where(broken, self.nearest, self.threat_model.project(last, self.x))
         return Attempt(x_adv, self.queries, self.broken_at, self.budget)
+
+    def attempt_with(self, last: Tensor, budget: int) -> Attempt:
+        """The outcome where the projection of ``last`` was not shown yet: a query kept back for it tells its answer.
+
+        Otherwise an image nobody asked about could be misclassified without being counted.
+        """
+        self.budget = budget
+        projected = self.threat_model.project(last, self.x)
+        rows = torch.arange(len(last), device=last.device)
+        rows = rows[self.open(rows) & (projected != self.x).flatten(1).any(1)]
+        self.misclassified(projected[rows], rows)
+        return self.attempt(last)
 
 
 @dataclass(frozen=True)
@@ -206,9 +218,10 @@ class DecisionBased(ABC):
 
         start: images [N, C, H, W] to come from, each of another class than that of its sample.
         """
-        oracle = Oracle(model, x, y, self.threat_model, self.queries)
+        oracle = Oracle(model, x, y, self.threat_model, max(self.queries - 1, 1))
         self._spent(oracle, start, generator)
-        return oracle.attempt(oracle.nearest)
+        with crafting(model):
+            return oracle.attempt_with(oracle.nearest, self.queries)
 
     def nearest(
         self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator, start: Tensor | None = None

@@ -17,8 +17,9 @@ class Spsa(ScoreBased):
 
     Uesato et al., ICML 2018, arXiv 1802.05666, algorithm 1, on the margin of the logits; iterates are projected. A step
     costs 2 ``pairs`` queries and one for the new image. delta is the size of a probe in every pixel and step_size
-    Adam's learning rate, both in pixel units; step_size 0 means epsilon / 2. Probes may leave pixel bounds and ball by
-    ``delta``; only images within them count as found.
+    Adam's learning rate, both in pixel units; step_size 0 means epsilon / 2. The paper is about l_inf; in other norms a
+    step is brought down to that size, and NES is better. Probes may leave pixel bounds and ball by ``delta`` a pixel;
+    only images within them count as found.
     """
 
     pairs: int = 20
@@ -44,8 +45,9 @@ class Spsa(ScoreBased):
             square[rows] = 0.999 * square[rows] + 0.001 * gradient.square()
             rows = rows[oracle.open(rows)]
             scale = (square[rows] / (1 - 0.999**updates)).sqrt().clamp_min(torch.finfo(x_adv.dtype).tiny)
-            moved = x_adv[rows] + self.step * mean[rows] / (1 - 0.9**updates) / scale
-            x_adv[rows] = self.threat_model.project(moved, oracle.x[rows])
+            # At most of unit size in the norm: in l_inf that is Adam's own step.
+            direction = self.threat_model.geometry.shrink(mean[rows] / (1 - 0.9**updates) / scale, 1.0)
+            x_adv[rows] = self.threat_model.project(x_adv[rows] + self.step * direction, oracle.x[rows])
             oracle.logits(x_adv[rows], rows)
         return x_adv
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from nas.attacks.queries import Oracle, ScoreBased, check_positive, portions
+from nas.attacks.queries import Attempt, Oracle, ScoreBased, check_positive, portions
 from nas.errors import InputError
+from nas.model_state import crafting
 from nas.threat_model import ThreatModel
 
 
@@ -39,6 +40,13 @@ class Zoo(ScoreBased):
             raise InputError(f"zoo minimises the l2 norm, not {self.threat_model.norm}: set norm = 'l2'")
         if not self.adaptation > 1:
             raise InputError(f"attack adaptation must be above 1, not {self.adaptation}")
+
+    def attempt(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator) -> Attempt:
+        """As every score-based attack; the last query is for the projection of the last iterate."""
+        oracle = Oracle(model, x, y, self.threat_model, max(self.queries - 1, 1))
+        last = self._spent(oracle, generator)
+        with crafting(model):
+            return oracle.attempt_with(last, self.queries)
 
     def nearest(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator) -> Tensor:
         """The nearest misclassified images [N, C, H, W] that all ``queries`` find, however far they are.

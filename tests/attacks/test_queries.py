@@ -261,3 +261,20 @@ def test_settings_are_checked():
             with pytest.raises(InputError, match="queries"):
                 cls(queries=0)
             assert f"{cls().queries} queries" in str(cls()), name
+
+
+@pytest.mark.parametrize("attack", _attacks(queries=30))
+def test_an_image_that_is_misclassified_is_counted_as_broken(attack):
+    """Also where only the projection of what was found outside the ball is: class 1 is a shell around the image."""
+
+    class Shells(nn.Module):
+        def forward(self, x):
+            size = attack.threat_model.distance(x, torch.full_like(x, 0.5)) / attack.threat_model.epsilon
+            value = torch.cos(2 * math.pi * size) * -1  # misclassified from 1/4 to 3/4, right at 1, and so on
+            return torch.stack([-value, value], 1)
+
+    x = torch.full((4, 1, 4, 4), 0.5, dtype=torch.float64)
+    x += 0.01 * attack.threat_model.epsilon * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    y, model = torch.zeros(4, dtype=torch.int64), Shells()
+    attempt = attack.attempt(model, x, y, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(attempt.broken_at >= 0, model(attempt.x_adv).argmax(1) == 1)

@@ -41,8 +41,9 @@ def test_the_distance_of_a_half_space_is_found_to_the_tolerance(half_space):
 def test_the_signs_of_a_start_image_are_the_first(half_space):
     model, x, y = half_space(distance=1.0)
     start = x + 0.3 * model.w.sign()
-    attempt = RayS(ThreatModel("linf", 0.3), queries=2).attempt(model, x, y, generator=torch.Generator(), start=start)
-    assert attempt.queries.tolist() == [2] * 3
+    attack = RayS(ThreatModel("linf", 0.3), queries=3)
+    attempt = attack.attempt(model, x, y, generator=torch.Generator(), start=start)
+    assert attempt.broken_at.tolist() == [3] * 3, "the far end is outside the ball, its projection is the last query"
     nearest = RayS(LINF, queries=2).nearest(model, x, y, generator=torch.Generator(), start=start)
     assert torch.equal(nearest, (x + model.w.sign()).clamp(0, 1))
 
