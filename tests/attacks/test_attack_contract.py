@@ -35,6 +35,7 @@ MAXIMISERS = [
 """Attacks that climb their loss by gradients to the edge of the ball."""
 
 NEAREST = {name: 1.05 for name, cls in PLUGINS.items() if hasattr(cls, "nearest")}
+NEAREST |= {"opt": 1.1}  # ten distances along a direction for one estimate
 """Attacks that look for the nearest misclassified image, and how many times the exact distance they may need."""
 
 QUERYING = [name for name, cls in PLUGINS.items() if hasattr(cls, "attempt")]
@@ -74,6 +75,11 @@ def _cheap(cls):
         for field in dataclasses.fields(cls)
         if type(field.default) is int and field.default > 10 and field.name != "threat_model"
     } | QUICK.get(cls.__module__.rpartition(".")[2], {})
+
+
+def _budget(name):
+    """Queries enough for 16 pixels, for an attack that counts them."""
+    return {"queries": 2000} if name in QUERYING else {}
 
 
 def _takes(cls, change, norm):
@@ -383,7 +389,7 @@ def test_the_nearest_misclassified_image_of_a_linear_model_is_found(name, norm):
     """The boundary is margin / |w|_1 (l_inf) or margin / |w|_2 (l_2) away; what is misclassified already stays."""
     model, x, y, margin, worst = _linear(5)
     distance = margin / (margin - worst[norm]) * EPSILON[norm]
-    attack = PLUGINS[name](threat_model=ThreatModel(norm, EPSILON[norm]))
+    attack = PLUGINS[name](threat_model=ThreatModel(norm, EPSILON[norm]), **_budget(name))
     nearest = attack.nearest(model, x, y, generator=torch.Generator().manual_seed(0))
     right = margin > 0
     assert bool(right.any())
@@ -409,7 +415,7 @@ def test_queries_are_counted_as_the_model_sees_them(name, norm):
         seen += len(inputs[0])
 
     model.register_forward_pre_hook(count)
-    attack = PLUGINS[name](threat_model=ThreatModel(norm, EPSILON[norm]))
+    attack = PLUGINS[name](threat_model=ThreatModel(norm, EPSILON[norm]), **_budget(name))
     attempt = attack.attempt(model, x, y, generator=torch.Generator().manual_seed(0))
     assert int(attempt.queries.sum()) == seen
     assert bool((attempt.queries >= 1).all())
