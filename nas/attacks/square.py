@@ -244,7 +244,7 @@ class Square:
             broken_at[broken] = 1
             held = (~broken).nonzero().squeeze(1)
             carry_out(held, begin, advance, broken, self.batch_size)
-        return Attempt(x_adv, queries, broken_at)
+        return Attempt(x_adv, queries, broken_at, self.queries)
 
     def _sides(self, x: Tensor, search: Search) -> Tensor:
         """Side of the window at each proposal: [queries - 2]."""
