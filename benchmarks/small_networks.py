@@ -11,6 +11,7 @@ from torch import nn
 from nas.attacks.pgd import Pgd
 from nas.data.arrays import Arrays
 from nas.data.augmentation import Augmentation
+from nas.data.digits import Digits
 from nas.data.image_data import ImageData
 from nas.data.split import split
 from nas.model_file import ModelSpec, load_model, save_model
@@ -35,12 +36,14 @@ class Task:
     depths: tuple[int, ...]
     widths: tuple[int, ...]
     epochs: int
-    train_images: int
+    train_images: int | None = None
     augmentation: Augmentation = field(default_factory=Augmentation)
 
-    def data(self, file: Path) -> ImageData:
-        """The images of an .npz file."""
-        return Arrays(str(file), train_limit=self.train_images)()
+    def data(self, folder: Path) -> ImageData:
+        """The images of ``name``.npz in ``folder``; the digits are built in."""
+        if self.name == "digits":
+            return Digits()()
+        return Arrays(str(folder / f"{self.name}.npz"), train_limit=self.train_images)()
 
     def network(self, data: ImageData, *, adversarial: bool = False) -> nn.Module:
         """The network in eval mode, trained as ``Standard`` or ``PgdAt`` trains it, or read from the cache."""
@@ -64,7 +67,8 @@ class Task:
 
 
 TASKS = {
-    "mnist": Task("mnist", ThreatModel("linf", 0.3), (1, 1, 1), (16, 32, 64), 8, 8000),
+    "digits": Task("digits", ThreatModel("linf", 0.1), (1, 1), (32, 64), 30),
+    "mnist": Task("mnist", ThreatModel("linf", 0.3), (1, 1, 1), (16, 32, 64), 20, 8000),
     "cifar10": Task(
         "cifar10", ThreatModel("linf", 8 / 255), (1, 1, 1, 1), (32, 64, 128, 128), 8, 20000, Augmentation(2, True)
     ),

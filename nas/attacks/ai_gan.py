@@ -29,17 +29,19 @@ SCHEMA = 1
 class AiGan:
     """AI-GAN: a conditional generator, trained against the model beforehand, makes targeted images in one pass.
 
-    After Bai et al., arXiv 2002.02196 (first version). A reconstruction from second-hand descriptions, which promises no
-    published number. From there: a generator that is told the target class, a discriminator, and two stages of training.
-    In the first, a share ``first_stage`` of the epochs, the discriminator takes images of a targeted PGD attacker for real, so
-    that the generator first imitates it; in the second the clean ones. The generator minimises the cross-entropy of the target
-    class under the frozen model plus ``gan_weight`` times -log D. Inferred: the architectures, group instead of instance
-    normalisation (for small maps), the weights, and that the image is kept in the ball by construction (as the extended version,
-    arXiv 2111.10055, is said to do), which leaves nothing for a penalty of its size.
+    After Bai et al., arXiv 2002.02196 (first version). A reconstruction from second-hand descriptions, which promises
+    no published number. From there: a generator that is told the target class, a discriminator, and two stages of
+    training. In the first, a share ``first_stage`` of the epochs, the discriminator takes images of a targeted PGD
+    attacker for real, so that the generator first imitates it; in the second the clean ones. The generator minimises
+    the cross-entropy of the target class under the frozen model plus ``gan_weight`` times -log D. Inferred: the
+    architectures, group instead of instance normalisation (for small maps), the weights, and that the image is kept
+    in the ball by construction (as the extended version, arXiv 2111.10055, is said to do), which leaves nothing for a
+    penalty of its size.
 
-    It is a fast attack, not a strong one: a model is not robust because this attack fails. Train it with ``fit``, keep
-    it with ``save`` and name that file here as ``file``. targets: how many classes an image is sent to, the likeliest wrong one
-    first, when it is used as an untargeted attack; a sample that is broken costs nothing from there on.
+    It is a fast attack, not a strong one: a model is not robust because this attack fails. Train it with ``fit``,
+    keep it with ``save`` and name that file here as ``file``. targets: how many classes an image is sent to, the
+    likeliest wrong one first, when it is used as an untargeted attack; a sample that is broken costs nothing from
+    there on.
     """
 
     threat_model: ThreatModel = field(default_factory=ThreatModel)
@@ -76,8 +78,8 @@ class AiGan:
         """
         if len(x) == 0 or len(x) != len(y) or x.dim() != 4 or min(x.shape[2:]) < SMALLEST_SIDE:
             raise InputError(
-                f"AI-GAN learns from images [N, C, H, W] of at least {SMALLEST_SIDE}x{SMALLEST_SIDE} pixels and as many "
-                f"labels, not from {tuple(x.shape)} and {len(y)}"
+                f"AI-GAN learns from images [N, C, H, W] of at least {SMALLEST_SIDE}x{SMALLEST_SIDE} pixels and as "
+                f"many labels, not from {tuple(x.shape)} and {len(y)}"
             )
         with crafting(model), torch.no_grad():
             classes = model(x[:1]).shape[1]
@@ -85,7 +87,9 @@ class AiGan:
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
             network = Generator(x.shape[1], classes, self.width).to(x)
             discriminator = Discriminator(x.shape[1], self.width).to(x)
-        settings = {name: value for name, value in asdict(self).items() if name not in ("threat_model", "file", "targets")}
+        settings = {
+            name: value for name, value in asdict(self).items() if name not in ("threat_model", "file", "targets")
+        }
         fitted = FittedAiGan(
             self.threat_model, network, tuple(x.shape[1:]), classes, self.threat_model, settings, self.targets
         )
@@ -138,7 +142,7 @@ class AiGan:
     def _fitted(self, device: torch.device | str = "cpu") -> FittedAiGan:
         if not self.file:
             raise InputError(
-                "AI-GAN learns before it attacks: AiGan(...).fit(model, x, y, generator=g).save(path), then set file = path"
+                "AI-GAN learns before it attacks: AiGan(...).fit(model, x, y, generator=g).save(path); then set file"
             )
         return replace(load(Path(self.file), device), threat_model=self.threat_model, targets=self.targets)
 
@@ -224,7 +228,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> FittedAiGan:
     try:
         about = tree["ai_gan"]["value"]
         if about["schema"] != SCHEMA:
-            raise InputError(f"{path} has schema {about['schema']}, this program reads {SCHEMA}: train the generator again")
+            raise InputError(f"{path} has schema {about['schema']}, not {SCHEMA}: train the generator again")
         network = Generator(int(about["input_shape"][0]), int(about["classes"]), int(about["settings"]["width"]))
         network.load_state_dict(tree["network"], assign=True)
         threat_model = ThreatModel(**about["threat_model"])

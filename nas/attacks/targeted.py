@@ -15,7 +15,7 @@ from nas.threat_model import ThreatModel
 
 
 class Targeted(Protocol):
-    """``attack.towards(model, x, target, generator=g) -> x_adv``: images that should be classified as ``target`` [N]."""
+    """``attack.towards(model, x, target, generator=g) -> x_adv``: images to be classified as ``target`` [N]."""
 
     def towards(self, model: nn.Module, x: Tensor, target: Tensor, *, generator: torch.Generator) -> Tensor: ...
 
@@ -24,8 +24,9 @@ class Targeted(Protocol):
 class TargetedPgd:
     """Targeted PGD: from a random start, repeated steps that lower the cross-entropy of the target class.
 
-    Madry et al., arXiv 1706.06083, with the sign of the targeted attack of Kurakin et al., arXiv 1607.02533. Every sample
-    takes all steps; the last iterate is the result. step_size: pixel units; 0 means 2.5 epsilon / steps, at most epsilon.
+    Madry et al., arXiv 1706.06083, with the sign of the targeted attack of Kurakin et al., arXiv 1607.02533. Every
+    sample takes all steps; the last iterate is the result. step_size: pixel units; 0 means 2.5 epsilon / steps, at
+    most epsilon.
     """
 
     threat_model: ThreatModel = field(default_factory=ThreatModel)
@@ -71,8 +72,8 @@ def success_matrix(
 ) -> Tensor:
     """Share of the images of class ``row`` that end up classified as ``column``, float64 [classes, classes].
 
-    Each image is sent to every class but its own: the diagonal is NaN, as is the row of a class without images. Give only
-    images that the model classifies correctly, or the attack is credited with the model's own mistakes.
+    Each image is sent to every class but its own: the diagonal is NaN, as is the row of a class without images. Give
+    only images that the model classifies correctly, or the attack is credited with the model's own mistakes.
     """
     hits = torch.zeros(classes, classes, dtype=torch.float64, device=x.device)
     for shift in range(1, classes):

@@ -1,9 +1,9 @@
-"""Gaussian noise as a defence: on the image (randomised smoothing) or before every convolution (random self-ensemble)."""
+"""Gaussian noise as a defence: on the image (randomised smoothing) or before convolutions (random self-ensemble)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -31,8 +31,8 @@ class _Context(Protocol):
 class ImageNoise:
     """Noise of deviation ``sigma`` (pixel units of [0, 1]) on the images; they are not clipped afterwards.
 
-    Training with it is the Gaussian augmentation of Cohen, Rosenfeld & Kolter, ICML 2019, arXiv 1902.02918, and the mean
-    prediction under it the smoothed classifier that ``nas.evaluation.certification`` certifies.
+    Training with it is the Gaussian augmentation of Cohen, Rosenfeld & Kolter, ICML 2019, arXiv 1902.02918, and the
+    mean prediction under it the smoothed classifier that ``nas.evaluation.certification`` certifies.
     """
 
     sigma: float = 0.25
@@ -53,11 +53,12 @@ class ImageNoise:
 
 @dataclass(frozen=True)
 class LayerNoise:
-    """Noise on the input of every 2-D convolution: of deviation ``first`` before the first one, ``inner`` before the others.
+    """Noise before every 2-D convolution: of deviation ``first`` before the first one, ``inner`` before the others.
 
-    Random self-ensemble (Liu, Cheng, Zhang & Hsieh, ECCV 2018, arXiv 1712.00673), which trains with the noise and averages
-    predictions over it; the defaults are its setting for CIFAR-10, for MNIST it is 0.8 and 0.4. In units of what the
-    convolutions see: that is, of normalised images before the first. First is the convolution registered first.
+    Random self-ensemble (Liu, Cheng, Zhang & Hsieh, ECCV 2018, arXiv 1712.00673), which trains with the noise and
+    averages predictions over it; the defaults are its setting for CIFAR-10, for MNIST it is 0.8 and 0.4. In units of
+    what the convolutions see: that is, of normalised images before the first. First is the convolution registered
+    first.
     """
 
     first: float = 0.2
@@ -74,7 +75,8 @@ class LayerNoise:
         convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
         if not convolutions:
             raise InputError("noise before every convolution needs a network with convolutions: use noise on the image")
-        deviations = dict.fromkeys(convolutions, self.inner) | {convolutions[0]: self.first}
+        deviations: dict[nn.Module, float] = dict.fromkeys(convolutions, self.inner)
+        deviations[convolutions[0]] = self.first
         with _noisy(deviations, generator):
             yield
 
@@ -85,9 +87,9 @@ class LayerNoise:
 class NoiseEnsemble(nn.Module):
     """A network whose prediction is averaged over ``draws`` of ``noise``: [N, C, H, W] to log mean softmax [N, K].
 
-    Every call draws afresh, from streams that derive from ``seed`` and the number of calls so far (``calls``, which may be set
-    back to 0), so that the global random state plays no part. Gradients are those of the mean over the draws made: an
-    attack on it averages over the noise (EOT) by itself, over as many draws as the ensemble has.
+    Every call draws afresh, from streams that derive from ``seed`` and the number of calls so far (``calls``, which
+    may be set back to 0), so that the global random state plays no part. Gradients are those of the mean over the
+    draws made: an attack on it averages over the noise (EOT) by itself, over as many draws as the ensemble has.
     """
 
     def __init__(self, network: nn.Module, noise: Noise, draws: int = 10, seed: int = 0) -> None:
@@ -108,7 +110,7 @@ class NoiseEnsemble(nn.Module):
 def _noisy(deviations: dict[nn.Module, float], generator: torch.Generator) -> Iterator[None]:
     """Within it, each of these modules sees its input plus Gaussian noise of its deviation."""
 
-    def hook(deviation: float) -> object:
+    def hook(deviation: float) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
         def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             del module
             x, *others = inputs

@@ -19,15 +19,17 @@ class Evasion:
     """PGD that knows the detector: misclassified, with a score that is not above the detector's threshold.
 
     Each step lowers, for the image and all its squeezed versions, the cross-entropy of one wrong class, and
-    ``score_weight`` times the excess of the score over the threshold: where all versions show the same wrong class, the
-    score is low. The class is, in the first restart and at every step, the one that is likeliest on average over the
-    versions; further restarts aim at the likeliest, second likeliest, ... class of the clean image and stay with it. Steps
-    begin at ``step_size`` (pixel units; 0 means half of epsilon) and shrink linearly to nothing. Rounding is passed straight
-    through, other squeezers have their own gradient (``nas.detection.squeezers``). A sample that evades is done. One that
-    never does ends as its misclassified iterate of lowest score, if there is one, and else as its last iterate.
+    ``score_weight`` times the excess of the score over the threshold: where all versions show the same wrong class,
+    the score is low. The class is, in the first restart and at every step, the one that is likeliest on average over
+    the versions; further restarts aim at the likeliest, second likeliest, ... class of the clean image and stay with
+    it. Steps begin at ``step_size`` (pixel units; 0 means half of epsilon) and shrink linearly to nothing. Rounding
+    is passed straight through, other squeezers have their own gradient (``nas.detection.squeezers``). A sample that
+    evades is done. One that never does ends as its misclassified iterate of lowest score, if there is one, and else
+    as its last iterate.
 
-    The idea of attacking the squeezers too is that of He et al., USENIX WOOT 2017, arXiv 1706.04701, who minimise a norm; the
-    form for a fixed budget is ours, after Carlini & Wagner, arXiv 1705.07263, and Tramer et al., arXiv 2002.08347.
+    The idea of attacking the squeezers too is that of He et al., USENIX WOOT 2017, arXiv 1706.04701, who minimise a
+    norm; the form for a fixed budget is ours, after Carlini & Wagner, arXiv 1705.07263, and Tramer et al., arXiv
+    2002.08347.
     """
 
     detector: Detector

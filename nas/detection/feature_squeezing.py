@@ -1,14 +1,14 @@
 """Feature squeezing: an image whose prediction changes when detail is taken away is taken for an adversarial one.
 
-Xu, Evans & Qi, NDSS 2018, arXiv 1704.01155, section 5. A detector is no robustness: what it is worth is said by an attack that knows
-it (``nas.detection.evasion``), and the table of a naive attack should not stand without that of the adaptive one.
+Xu, Evans & Qi, NDSS 2018, arXiv 1704.01155, section 5. A detector is no robustness: what it is worth is said by an
+attack that knows it (``nas.detection.evasion``), and the table of a naive attack should not stand without that of the
+adaptive one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,8 +26,8 @@ from nas.model_state import crafting
 class FeatureSqueezing:
     """The joint score: the largest change of the prediction that any of ``squeezers`` causes.
 
-    s(x) = max_i || p(x) - p(q_i(x)) ||_1 in [0, 2] with p = softmax(logits). The default squeezers are those that the paper
-    found best on MNIST; on CIFAR-10 they were BitDepth(5), MedianFilter(2, 2) and NonLocalMeans(13, 3, 2).
+    s(x) = max_i || p(x) - p(q_i(x)) ||_1 in [0, 2] with p = softmax(logits). The default squeezers are those that the
+    paper found best on MNIST; on CIFAR-10 they were BitDepth(5), MedianFilter(2, 2) and NonLocalMeans(13, 3, 2).
     """
 
     squeezers: tuple[Squeezer, ...] = (BitDepth(1), MedianFilter(2, 2))
@@ -110,7 +110,9 @@ class Detection:
             "successful": successful,
             "detected": caught / successful if successful else None,
             "interval": list(wilson(caught, successful)) if successful else None,
-            "failed_flagged": int((~self.adversarial & self.flagged).sum()) / (n - successful) if successful < n else None,
+            "failed_flagged": int((~self.adversarial & self.flagged).sum()) / (n - successful)
+            if successful < n
+            else None,
             "undetected_success": (successful - caught) / n,
             "auc": self.auc if successful else None,
         }

@@ -1,7 +1,7 @@
 """Squeezers: transformations that take away detail which a classifier should not need. Images [N, C, H, W] in [0, 1].
 
-After Xu, Evans & Qi, "Feature Squeezing", NDSS 2018, arXiv 1704.01155, section 3. A squeezer is a value; what it computes has
-a gradient, so that an attack can see through it.
+After Xu, Evans & Qi, "Feature Squeezing", NDSS 2018, arXiv 1704.01155, section 3. A squeezer is a value; what it
+computes has a gradient, so that an attack can see through it.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ class BitDepth:
 class MedianFilter:
     """The median of the ``height`` x ``width`` pixels around each, channel by channel; borders are mirrored.
 
-    An even window reaches one pixel further up and left; of an even number of pixels the upper one of the two in the middle is taken.
-    Both are what ``scipy.ndimage.median_filter`` does. The gradient goes to the pixel that is the median.
+    An even window reaches one pixel further up and left; of an even number of pixels the upper one of the two in the
+    middle is taken. Both are what ``scipy.ndimage.median_filter`` does. The gradient goes to the pixel that is the
+    median.
     """
 
     height: int = 2
@@ -76,9 +77,9 @@ class NonLocalMeans:
 
     Buades, Coll & Morel, CVPR 2005. The weight of a pixel is exp(-d / h^2); d is the mean squared difference of the
     ``block`` x ``block`` blocks (all channels) around the two, h = strength / 255. Both windows are odd; borders are
-    mirrored. "Non-local means 13-3-2" of the feature-squeezing paper names search window, block and strength; there OpenCV
-    computes it on 8-bit images with luminance and colour apart, here it is computed on the pixels as they are, which has an
-    exact gradient.
+    mirrored. "Non-local means 13-3-2" of the feature-squeezing paper names search window, block and strength; there
+    OpenCV computes it on 8-bit images with luminance and colour apart, here it is computed on the pixels as they are,
+    which has an exact gradient.
     """
 
     search: int = 13
@@ -113,6 +114,6 @@ class NonLocalMeans:
 
 
 def _mirrored(size: int, before: int, after: int, device: torch.device) -> Tensor:
-    """Places -before .. size + after - 1 of an axis that is mirrored at its ends, which are repeated: c b a a b c c b a."""
+    """Places -before .. size + after - 1 of an axis mirrored at its ends, which are repeated: c b a a b c c b a."""
     places = torch.arange(-before, size + after, device=device) % (2 * size)
     return torch.minimum(places, 2 * size - 1 - places)

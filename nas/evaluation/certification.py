@@ -1,8 +1,8 @@
 """Randomised smoothing: certified l_2 radii of a network that votes under Gaussian noise.
 
-Cohen, Rosenfeld & Kolter, ICML 2019, arXiv 1902.02918: the smoothed classifier g(x) = argmax_c P(f(x + sigma n) = c), n
-standard normal, does not change within the radius sigma Phi^-1(p) of x, where p > 1/2 bounds from below the probability of its class
-(theorem 1).
+Cohen, Rosenfeld & Kolter, ICML 2019, arXiv 1902.02918: the smoothed classifier g(x) = argmax_c P(f(x + sigma n) = c),
+n standard normal, does not change within the radius sigma Phi^-1(p) of x, where p > 1/2 bounds from below the
+probability of its class (theorem 1).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ ABSTAINED = -1
 class Smoothing:
     """How a smoothed classifier is sampled.
 
-    sigma: deviation of the noise in pixel units;  n0: draws that pick the class to certify;  n: draws that certify it;  alpha:
-    the probability, for each image apart, that its certificate is wrong.
+    sigma: deviation of the noise in pixel units;  n0: draws that pick the class to certify;  n: draws that certify
+    it;  alpha: the probability, for each image apart, that its certificate is wrong.
     """
 
     sigma: float = 0.25
@@ -59,9 +59,9 @@ class Smoothing:
         return Certificates(self, torch.where(certain, chosen.squeeze(1), ABSTAINED), radius)
 
     def predict(self, model: nn.Module, x: Tensor, *, generator: torch.Generator, batch_size: int = 1000) -> Tensor:
-        """Classes [N] of the smoothed classifier by ``n`` draws, ``ABSTAINED`` where the first two cannot be told apart.
+        """Classes [N] of the smoothed classifier, ``ABSTAINED`` where the first two cannot be told apart.
 
-        Algorithm PREDICT: a two-sided binomial test of equal odds at level ``alpha``.
+        Algorithm PREDICT by ``n`` draws: a two-sided binomial test of equal odds at level ``alpha``.
         """
         counts = votes(model, x, self.sigma, self.n, generator=generator, batch_size=batch_size)
         (first, second), order = counts.topk(2, dim=1).values.unbind(1), counts.argmax(1)
@@ -78,7 +78,8 @@ class Smoothing:
 class Certificates:
     """What is certified of a smoothed classifier.
 
-    prediction: [N] int64, ``ABSTAINED`` where no class is likely enough;  radius: [N] float64, l_2 in pixel units, 0 there.
+    prediction: [N] int64, ``ABSTAINED`` where no class is likely enough;  radius: [N] float64, l_2 in pixel units, 0
+    there.
     """
 
     smoothing: Smoothing
@@ -126,7 +127,7 @@ def votes(
 
 
 def lower_bound(counts: Tensor, n: int, alpha: float) -> Tensor:
-    """One-sided lower confidence bounds [N] float64 (Clopper & Pearson) of probabilities seen ``counts`` times in ``n``."""
+    """One-sided lower confidence bounds (Clopper & Pearson) [N] of what was seen ``counts`` times in ``n``; float64."""
     successes = counts.cpu().numpy()
     # Beta(0, .) is no distribution; without a success the bound is 0.
     bounds = stats.beta.ppf(alpha, successes.clip(1), n - successes.clip(1) + 1)

@@ -15,8 +15,8 @@ from nas.objective import Batch, Metrics, State
 class SelfEnsemble:
     """Random self-ensemble: cross-entropy with Gaussian noise before every convolution.
 
-    Liu, Cheng, Zhang & Hsieh, ECCV 2018, arXiv 1712.00673, algorithm 1. The trained network alone has no noise in it: predict
-    and attack it as a ``nas.defences.noise.NoiseEnsemble``.
+    Liu, Cheng, Zhang & Hsieh, ECCV 2018, arXiv 1712.00673, algorithm 1. The trained network alone has no noise in it:
+    predict and attack it as a ``nas.defences.noise.NoiseEnsemble``.
     """
 
     noise: LayerNoise = field(default_factory=LayerNoise)
