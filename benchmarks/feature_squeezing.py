@@ -40,7 +40,10 @@ SQUEEZERS: dict[str, tuple[Squeezer, ...]] = {
 NEAREST: dict[str, tuple[str, dict[str, Any]]] = {
     "DeepFool, nearest in l2": ("deepfool", {}),
     "Carlini-Wagner, nearest in l2": ("carlini_wagner", {"searches": 5, "steps": 100}),
-    "Carlini-Wagner, confidence 10": ("carlini_wagner", {"searches": 5, "steps": 100, "confidence": 10.0}),
+    "Carlini-Wagner, confidence 10": (
+        "carlini_wagner",
+        {"searches": 6, "steps": 200, "confidence": 10.0, "weight": 10.0},
+    ),
 }
 """Attacks for the nearest image, measured where they are installed, with what makes them affordable."""
 
