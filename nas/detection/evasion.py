@@ -58,7 +58,7 @@ class Evasion:
                 clean = model(x).scatter(1, y.unsqueeze(1), -torch.inf)
             order = clean.argsort(dim=1, descending=True, stable=True)
             for restart in range(self.restarts):
-                rows = (rank > self.detector.threshold).nonzero().squeeze(1)
+                rows = (~(rank <= self.detector.threshold)).nonzero().squeeze(1)
                 if len(rows) == 0:
                     break
                 target = None if restart == 0 else order[rows, (restart - 1) % (order.shape[1] - 1)]
