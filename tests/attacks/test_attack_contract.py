@@ -27,10 +27,13 @@ QUICK: dict[str, dict[str, object]] = {"autoattack": {"steps": 2, "queries": 4}}
 SUITES = [name for name, cls in PLUGINS.items() if hasattr(cls, "attacks")]
 """Attacks one after the other, each content with a misclassified image."""
 
+LEARNT = [name for name, cls in PLUGINS.items() if hasattr(cls, "fit")]
+"""Attacks that are trained first: they promise no optimum, all else as every attack."""
+
 MAXIMISERS = [
     name
     for name, cls in PLUGINS.items()
-    if not hasattr(cls, "nearest") and not hasattr(cls, "attempt") and name not in SUITES
+    if not hasattr(cls, "nearest") and not hasattr(cls, "attempt") and name not in (*SUITES, *LEARNT)
 ]
 """Attacks that climb their loss by gradients to the edge of the ball."""
 
@@ -105,7 +108,15 @@ CASES = [
 def _attack(name, change, norm, **more):
     cls = PLUGINS[name]
     threat_model = ThreatModel(norm, EPSILON[norm])
-    return cls(**{**_cheap(cls), **change, "threat_model": threat_model, **more})
+    return _ready(cls(**{**_cheap(cls), **change, "threat_model": threat_model, **more}))
+
+
+def _ready(attack):
+    """The attack, trained on the images and a model of these tests if it is one that has to be."""
+    if not hasattr(attack, "fit"):
+        return attack
+    x, y = _images(8, seed=1)
+    return attack.fit(_model("zoo"), x, y, generator=torch.Generator().manual_seed(0))
 
 
 class _Zoo(nn.Module):
@@ -222,7 +233,7 @@ def test_the_result_is_in_the_ball_and_in_range(name, change, norm):
 def test_the_default_attack_stays_in_the_default_threat_model(name):
     """With nothing economised: as a recipe that names only the attack would run it."""
     x, y = _images()
-    attack = PLUGINS[name]()
+    attack = _ready(PLUGINS[name]())
     x_adv = attack(_model("zoo").eval(), x, y, generator=torch.Generator().manual_seed(0))
     threat_model = ThreatModel()
     assert float(threat_model.distance(x_adv, x).max()) <= threat_model.epsilon + 1e-6
@@ -272,7 +283,7 @@ def test_a_failing_model_is_left_as_found(name):
     model, (x, y) = Fails(), _images()
     before = _snapshot(model)
     with pytest.raises(FloatingPointError):
-        PLUGINS[name]()(model, x, y, generator=torch.Generator().manual_seed(0))
+        _ready(PLUGINS[name]())(model, x, y, generator=torch.Generator().manual_seed(0))
     _assert_unchanged(model, before)
 
 

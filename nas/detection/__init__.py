@@ -1,0 +1,1 @@
+"""Detectors of adversarial images, and the attacks that know them."""
