@@ -30,8 +30,8 @@ class CarliniWagner:
     threat_model: ThreatModel = field(default_factory=ThreatModel)
     steps: int = 200
     searches: int = 9
-    learning_rate: float = 0.01
-    weight: float = 0.01
+    learning_rate: float = 0.03
+    weight: float = 0.1
     confidence: float = 0.0
 
     def __post_init__(self) -> None:

@@ -19,8 +19,8 @@ class ElasticNet:
 
     Chen et al., AAAI 2018, arXiv 1709.04114, section 4: c h + beta |delta|_1 + |delta|_2^2 with the penalty h of
     Carlini and Wagner; every step of gradient descent on the smooth part, at a point extrapolated from the last two, is
-    followed by soft thresholding of the change at beta, within the pixel bounds; step sizes fall with the root of what is left.
-    c is found by bisection. With beta = 0 it is the l_2 attack of Carlini and Wagner in the images themselves.
+    followed by soft thresholding of the change at beta, within the pixel bounds; step sizes fall with the root of the
+    steps left. c is found by bisection. With beta = 0 it is the l_2 attack of Carlini and Wagner without tanh.
 
     rule: which misclassified iterate counts as the nearest, by the elastic net ("en") or by |delta|_1 ("l1"),
     whatever the norm of the threat model, into which the result is projected.

@@ -140,7 +140,8 @@ def second_order(
     def product(directions: Tensor) -> Tensor:
         if not gradient.requires_grad:  # linear in the images
             return torch.zeros_like(directions)
-        weighted = (gradient * directions.to(x.dtype).view_as(x)).sum()
+        with torch.enable_grad():
+            weighted = (gradient * directions.to(x.dtype).view_as(x)).sum()
         (found,) = torch.autograd.grad(weighted, point, retain_graph=True, materialize_grads=True)
         return found.flatten(1).to(directions.dtype)
 

@@ -24,10 +24,19 @@ EPSILON = {"linf": 0.06, "l2": 0.4}
 QUICK: dict[str, dict[str, object]] = {}
 """Settings that make an attack of many parts quick, where taking at most ten of whatever it counts does not."""
 
-MAXIMISERS = [name for name, cls in PLUGINS.items() if not hasattr(cls, "nearest") and not hasattr(cls, "attempt")]
+ASIDE = {"feature_adversary", "hidden_patch", "intermediate_level", "jsma", "universal"}
+"""Attacks that do not climb the loss of each sample on all of its pixels: they aim at features, at few pixels, at all
+samples together."""
+
+MAXIMISERS = [
+    name
+    for name, cls in PLUGINS.items()
+    if name not in ASIDE and not hasattr(cls, "nearest") and not hasattr(cls, "attempt")
+]
 """Attacks that climb their loss by gradients to the edge of the ball."""
 
-NEAREST = {name: 1.05 for name, cls in PLUGINS.items() if hasattr(cls, "nearest")}
+# What EAD calls near is the elastic net, whatever the norm.
+NEAREST = {name: 1.05 for name, cls in PLUGINS.items() if hasattr(cls, "nearest")} | {"ead": 4.0}
 """Attacks that look for the nearest misclassified image, and how many times the exact distance they may need."""
 
 QUERYING = [name for name, cls in PLUGINS.items() if hasattr(cls, "attempt")]
