@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nas.attacks.gradient import input_gradient, per_image
 from nas.attacks.losses import right
+from nas.attacks.penalty import Found
 from nas.errors import InputError
 from nas.model_state import crafting
 from nas.threat_model import ThreatModel
@@ -63,16 +64,15 @@ class FastMinimumNorm:
             if len(rows) == 0:
                 return result
             x, y = x[rows], y[rows]
-            x_adv, best = x, x.clone()
-            best_size = torch.full((len(x),), torch.inf, device=x.device, dtype=x.dtype)
-            radius = torch.zeros_like(best_size)
+            x_adv, found, everyone = (
+                x,
+                Found(x, y, self.threat_model.distance, 0.0),
+                torch.arange(len(x), device=x.device),
+            )
+            radius = torch.zeros_like(found.sizes)
             for step in range(self.steps + 1):
                 gradient, margins, logits = input_gradient(model, x_adv, y, "margin", None)
-                size = geometry.size(x_adv - x)
-                broken = ~right(logits, y)
-                closer = broken & (size < best_size)
-                best = torch.where(per_image(closer, x), x_adv, best)
-                best_size = torch.where(closer, size, best_size)
+                broken = found.see(x_adv, logits, everyone)
                 if step == self.steps:
                     break
                 fall = (1 + math.cos(math.pi * step / self.steps)) / 2
@@ -81,14 +81,15 @@ class FastMinimumNorm:
                 slope = (gradient * geometry.steepest(gradient)).flatten(1).sum(1).clamp_min(1e-12)
                 grown = radius * (1 + gamma)
                 # Where the linearised margin leads nowhere, the ball still grows.
-                grown = torch.where(best_size.isinf(), torch.maximum(size + margins.abs() / slope, grown), grown)
-                radius = torch.where(broken, torch.minimum(radius * (1 - gamma), best_size), grown)
+                vanishes = geometry.size(x_adv - x) + margins.abs() / slope
+                grown = torch.where(found.sizes.isinf(), torch.maximum(vanishes, grown), grown)
+                radius = torch.where(broken, torch.minimum(radius * (1 - gamma), found.sizes), grown)
                 # Not beyond what the pixel bounds allow, and never nothing: a ball is a ball.
                 radius = radius.clamp(1e-6, float(geometry.size(torch.full_like(x[:1], upper - lower))))
                 delta = x_adv + length * _euclidean(gradient) - x
                 scale = per_image(radius, x)
                 x_adv = (x + geometry.shrink(delta / scale, 1.0) * scale).clamp(lower, upper)
-        result[rows] = best
+        result[rows] = found.images
         return result
 
     def __str__(self) -> str:

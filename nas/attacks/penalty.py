@@ -35,7 +35,9 @@ class Found:
     def see(self, images: Tensor, logits: Tensor, rows: Tensor) -> Tensor:
         """Which of ``images`` [n] of samples ``rows`` are misclassified with confidence; the nearest are kept."""
         logits, y = logits.detach(), self.y[rows]
-        broken = ~right(logits, y) & ~(margin(logits, y, None) < self.confidence)
+        # Clear of what rounding does to logits: the same image in another batch must be misclassified too.
+        lead = self.confidence + 16 * torch.finfo(logits.dtype).eps * logits.abs().amax(1)
+        broken = ~right(logits, y) & ~(margin(logits, y, None) < lead)
         sizes = self.size(images, self.x[rows])
         closer = broken & (sizes < self.sizes[rows])
         self.images[rows[closer]] = images[closer]
@@ -117,14 +119,14 @@ class Adam:
         self.learning_rate, self.count = learning_rate, 0
         self.first, self.second = torch.zeros_like(like), torch.zeros_like(like)
 
-    def step(self, gradient: Tensor) -> Tensor:
-        """What to add to the images for this gradient."""
+    def step(self, gradient: Tensor, share: float = 1.0) -> Tensor:
+        """What to add to the images for this gradient, at a ``share`` of the learning rate."""
         self.count += 1
         self.first = 0.9 * self.first + 0.1 * gradient
         self.second = 0.999 * self.second + 0.001 * gradient.square()
         first = self.first / (1 - 0.9**self.count)
         second = self.second / (1 - 0.999**self.count)
-        return -self.learning_rate * first / (second.sqrt() + 1e-8)
+        return -share * self.learning_rate * first / (second.sqrt() + 1e-8)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these images [n] only (a mask)."""
