@@ -21,8 +21,9 @@ class CarliniWagner:
     Carlini & Wagner, IEEE S&P 2017, arXiv 1608.04644: h = max(f_y - max f_k + kappa, 0), images written as tanh so that
     they cannot leave the pixel bounds, Adam. l_2 (section VI-A): |delta|_2^2 + c h, from the clean image for every c.
     l_inf (VI-C): sum max(|delta_i| - tau, 0) + c h from the nearest image found, where tau is kept at 0.98 of its
-    distance (0.9 in the paper, which leaves as much to be found), and c rises where none nearer is found. A minimisation that has stopped making progress is ended, as in the authors' code; unlike there, the
-    learning rate falls linearly to 0 in each, which brings the same precision in fewer steps.
+    distance (0.9 in the paper, which leaves as much to be found), and c rises where none nearer is found. A
+    minimisation that has stopped making progress is ended, as in the authors' code; unlike there, the learning rate
+    falls linearly to 0 in each, and in l_inf with the distance, which brings the same precision in fewer steps.
 
     confidence: kappa, the lead of the wrong logit that is asked for;  searches: values of c, ``weight`` the first;
     steps: of Adam, for each c.
@@ -86,7 +87,8 @@ class CarliniWagner:
                 (gradient,) = torch.autograd.grad(values.sum(), variable)
             variable, values = variable.detach(), values.detach()
             broken[places] |= found.see(images.detach(), logits, rows[places])
-            variable = variable + adam.step(gradient, 1 - step / (self.steps + 1))
+            pace = (1 - step / (self.steps + 1)) * form.pace(found.sizes[rows[places]])
+            variable = variable + adam.step(gradient, per_image(pace, gradient))
             left = ~progress.at_rest(step, values, found.sizes[rows[places]])
             if not bool(left.all()):
                 adam.keep(left)
@@ -120,6 +122,10 @@ class Form(Protocol):
         """[N] of perturbations ``delta``; ``nearest``: distance of the nearest image known [N], or inf."""
         ...
 
+    def pace(self, nearest: Tensor) -> Tensor:
+        """Share [N] of the learning rate."""
+        ...
+
 
 class SquaredLength:
     """|delta|_2^2, from the clean images."""
@@ -132,6 +138,9 @@ class SquaredLength:
     def size(self, delta: Tensor, nearest: Tensor) -> Tensor:
         return delta.flatten(1).square().sum(1)
 
+    def pace(self, nearest: Tensor) -> Tensor:
+        return torch.ones_like(nearest)
+
 
 class Excess:
     """sum max(|delta_i| - tau, 0), from the nearest image known, with tau just below its distance."""
@@ -143,6 +152,9 @@ class Excess:
 
     def size(self, delta: Tensor, nearest: Tensor) -> Tensor:
         return (delta.abs() - per_image(0.98 * nearest, delta)).clamp_min(0).flatten(1).sum(1)
+
+    def pace(self, nearest: Tensor) -> Tensor:
+        return (3 * nearest).clamp_max(1)  # steps small against tau, which they are to come near to
 
 
 FORMS: dict[str, Form] = {"l2": SquaredLength(), "linf": Excess()}

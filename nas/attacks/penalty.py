@@ -92,18 +92,19 @@ def shortfall(logits: Tensor, y: Tensor, confidence: float) -> Tensor:
 class Progress:
     """Tells which of a batch of minimisations have come to rest: looked at ``CHECKS`` times in ``steps``.
 
-    One is at rest that since the last look lowered its value by less than 0.01 % and found no nearer image.
+    One is at rest whose value changed by less than 0.01 % since the last look, and which found no nearer image. (One
+    whose value has risen may only have taken a long first step.)
     """
 
     def __init__(self, sizes: Tensor, steps: int) -> None:
         self.every = max(steps // CHECKS, 1)
-        self.values, self.sizes = torch.full_like(sizes, torch.inf), sizes
+        self.values, self.sizes = torch.zeros_like(sizes), sizes
 
     def at_rest(self, step: int, values: Tensor, sizes: Tensor) -> Tensor:
         """Which [n] are, by their ``values`` and the ``sizes`` of their nearest images."""
         if step % self.every:
             return torch.zeros_like(values, dtype=torch.bool)
-        rest = (values > 0.9999 * self.values) & (sizes >= self.sizes)
+        rest = ((values - self.values).abs() <= 1e-4 * self.values) & (sizes >= self.sizes)
         self.values, self.sizes = values, sizes
         return rest
 
@@ -119,7 +120,7 @@ class Adam:
         self.learning_rate, self.count = learning_rate, 0
         self.first, self.second = torch.zeros_like(like), torch.zeros_like(like)
 
-    def step(self, gradient: Tensor, share: float = 1.0) -> Tensor:
+    def step(self, gradient: Tensor, share: float | Tensor = 1.0) -> Tensor:
         """What to add to the images for this gradient, at a ``share`` of the learning rate."""
         self.count += 1
         self.first = 0.9 * self.first + 0.1 * gradient

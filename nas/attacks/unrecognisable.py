@@ -24,7 +24,8 @@ class Unrecognisable:
     weight * sum_l |F_l(x') - F_l(x)|_2 / |F_l(x)|_2 by Adam from uniform noise, within the pixel bounds alone. It
     is no attack on an image, and no plug-in: nothing keeps the result near ``x``, on the contrary.
 
-    layers: module names; none means the last block of every stage (``hidden_features.hidden_layers``).
+    layers: module names; none means the last hidden block (``hidden_features.hidden_layers``). Not the early ones: a
+    layer with more values than pixels knows the image, and what agrees with it there is the image itself.
     """
 
     steps: int = 500
@@ -53,7 +54,7 @@ class Unrecognisable:
             start = self.lower + (self.upper - self.lower) * noise
         images, adam = start, Adam(start, self.learning_rate)
         with crafting(model):
-            layers = (self.layers or hidden_layers(model, x)) if self.weight else ()
+            layers = (self.layers or hidden_layers(model, x)[-1:]) if self.weight else ()
             with recorded(model, layers) as features:
                 aim = features_of(model, x, features) if layers else {}
 

@@ -36,7 +36,7 @@ MAXIMISERS = [
 """Attacks that climb their loss by gradients to the edge of the ball."""
 
 # What EAD calls near is the elastic net, whatever the norm.
-NEAREST = {name: 1.05 for name, cls in PLUGINS.items() if hasattr(cls, "nearest")} | {"carlini_wagner": 1.1, "ead": 4.0}
+NEAREST = {name: 1.05 for name, cls in PLUGINS.items() if hasattr(cls, "nearest")} | {"ead": 4.0}
 """Attacks that look for the nearest misclassified image, and how many times the exact distance they may need."""
 
 QUERYING = [name for name, cls in PLUGINS.items() if hasattr(cls, "attempt")]

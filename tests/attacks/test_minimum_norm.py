@@ -60,7 +60,7 @@ def test_deepfool_meets_the_boundary_of_a_linear_model_in_one_step(norm, dual):
     nearest = attack.nearest(model, x, y, generator=_generator())
     assert bool((model(nearest).argmax(1) != y).all())
     found = attack.threat_model.distance(nearest, x) / _distances(model, x, y, dual)
-    torch.testing.assert_close(found, torch.full_like(found, 1.001), rtol=0, atol=1e-3)
+    torch.testing.assert_close(found, torch.full_like(found, 1.001), rtol=0, atol=2e-3)
 
 
 def test_deepfool_looks_at_the_classes_it_is_told_to():
