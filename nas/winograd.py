@@ -67,7 +67,7 @@ class Convolution:
         self._backward: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[N, K, H, W] of ``x`` [N, C, H, W], channels last in memory; differentiable once, with respect to ``x``.
+        """[N, K, H, W] of ``x`` [N, C, H, W], channels last in memory; differentiable with respect to ``x``.
 
         Only for an ``x`` for which it ``pays``.
         """
@@ -97,9 +97,11 @@ class _Differentiable(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors or (None,)
+        if torch.is_grad_enabled():  # it is going to be differentiated again: the same in torch's own operations
+            gradient = gradient if y is None else gradient * (y > 0)
+            return torch.conv_transpose2d(gradient, ctx.convolution.weight, padding=1), None
         return ctx.convolution.gradient(gradient, y), None
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from nas.attacks.losses import LOSSES, NEEDS_CLEAN_LOGITS
 from nas.errors import InputError, nearest
+from nas.threat_model import ThreatModel
 
 
 def check_loss(name: str) -> None:
@@ -46,3 +50,76 @@ def input_gradient(
         losses = LOSSES[loss](logits, y, clean_logits)
         (gradient,) = torch.autograd.grad(losses.sum(), point)
     return gradient, losses.detach(), logits.detach()
+
+
+def input_jacobian(model: nn.Module, x: Tensor, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Gradients [N, M, C, H, W] of M logits of each sample with respect to ``x``, and all logits [N, K].
+
+    classes: [N, M], which logits of which sample; None for all K. Takes one forward and M backward passes. Call it
+    inside ``model_state.crafting``.
+    """
+    with torch.enable_grad():
+        point = x.detach().requires_grad_(True)
+        logits = model(point)
+        if classes is None:
+            classes = torch.arange(logits.shape[1], device=x.device).expand(len(x), -1)
+        columns = logits.gather(1, classes).sum(0)
+        last = len(columns) - 1
+        rows = [torch.autograd.grad(column, point, retain_graph=i < last)[0] for i, column in enumerate(columns)]
+    return torch.stack(rows, 1), logits.detach()
+
+
+Objective = Callable[[Tensor], Tensor]
+"""Images [N, C, H, W] -> what an attack maximises [N], differentiable."""
+
+
+def objective_gradient(objective: Objective, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient [N, C, H, W] of the summed ``objective`` at ``x``, and its values [N]."""
+    with torch.enable_grad():
+        point = x.detach().requires_grad_(True)
+        values = objective(point)
+        (gradient,) = torch.autograd.grad(values.sum(), point)
+    return gradient, values.detach()
+
+
+def ascend(
+    objective: Objective,
+    start: Tensor,
+    x: Tensor,
+    threat_model: ThreatModel,
+    *,
+    steps: int,
+    step: float,
+    keep: Literal["last", "best"] = "last",
+    free: Tensor | None = None,
+) -> Tensor:
+    """Projected steepest ascent from ``start`` in the ball around ``x``: the loop of projected gradient descent.
+
+    keep: the last iterate or, per sample, the one of highest ``objective``. free: mask, broadcast to the images, of the
+    pixels that may change; None for all.
+    """
+    x_adv, geometry = start, threat_model.geometry
+    best, best_values = x_adv, torch.full((len(x),), -torch.inf, device=x.device, dtype=x.dtype)
+    for _ in range(steps):
+        gradient, values = objective_gradient(objective, x_adv)
+        if keep == "best":
+            best, best_values = better(best, best_values, x_adv, values)
+        if free is not None:
+            gradient = gradient * free
+        x_adv = threat_model.project(x_adv + step * geometry.steepest(gradient), x)
+    if keep == "best":
+        with torch.no_grad():
+            values = objective(x_adv)
+        x_adv, _ = better(best, best_values, x_adv, values)
+    return x_adv
+
+
+def better(best: Tensor, best_values: Tensor, x_adv: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Per sample the images of the higher value, and that value; ``best`` in case of a tie."""
+    higher = values > best_values
+    return torch.where(per_image(higher, x_adv), x_adv, best), torch.where(higher, values, best_values)
+
+
+def per_image(values: Tensor, like: Tensor) -> Tensor:
+    """``values`` [N] in a shape that broadcasts over images ``like`` [N, ...]."""
+    return values.view(-1, *[1] * (like.dim() - 1))

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from nas.attacks.gradient import check_loss, check_start, clean_logits_for, input_gradient
+from nas.attacks.gradient import ascend, better, check_loss, check_start, clean_logits_for, input_gradient
 from nas.attacks.losses import LOSSES, right
 from nas.errors import InputError
 from nas.model_state import crafting
@@ -66,23 +66,18 @@ class Pgd:
             x_adv = start
             if x_adv is None:
                 x_adv = threat_model.random_start(x, generator) if self.random_start else x
-            if not self.stop_when_broken:
-                return self._walk(model, x_adv, x, y, clean_logits)
-            return self._walk_until_broken(model, x_adv, x, y, clean_logits)
-
-    def _walk(self, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor, clean_logits: Tensor | None) -> Tensor:
-        """All steps, every sample."""
-        best, best_losses = x_adv, torch.full((len(x),), -torch.inf, device=x.device, dtype=x.dtype)
-        for _ in range(self.steps):
-            gradient, losses, _ = input_gradient(model, x_adv, y, self.loss, clean_logits)
-            if self.keep == "best":
-                best, best_losses = _better(best, best_losses, x_adv, losses)
-            x_adv = self._stepped(x_adv, gradient, x)
-        if self.keep == "best":
-            with torch.no_grad():
-                losses = LOSSES[self.loss](model(x_adv), y, clean_logits)
-            x_adv, _ = _better(best, best_losses, x_adv, losses)
-        return x_adv
+            if self.stop_when_broken:
+                return self._walk_until_broken(model, x_adv, x, y, clean_logits)
+            loss = LOSSES[self.loss]
+            return ascend(
+                lambda images: loss(model(images), y, clean_logits),
+                x_adv,
+                x,
+                threat_model,
+                steps=self.steps,
+                step=self.step,
+                keep=self.keep,
+            )
 
     def _walk_until_broken(
         self, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor, clean_logits: Tensor | None
@@ -102,7 +97,7 @@ class Pgd:
             else:
                 break  # nothing depends on whether the last iterate breaks its sample
             if self.keep == "best":
-                best, best_losses = _better(best, best_losses, x_adv, losses)
+                best, best_losses = better(best, best_losses, x_adv, losses)
             held = right(logits, y)
             if not bool(held.all()):
                 result[rows[~held]] = x_adv[~held]
@@ -125,11 +120,6 @@ class Pgd:
         start = "random start" if self.random_start else "no random start"
         kept = f"{self.keep} iterate" + (", stops when broken" if self.stop_when_broken else "")
         return f"PGD-{self.steps}, {self.threat_model}, step {self.step:.6g}, {self.loss}, {start}, {kept}"
-
-
-def _better(best: Tensor, best_losses: Tensor, x_adv: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
-    better = losses > best_losses
-    return torch.where(better.view(-1, *[1] * (x_adv.dim() - 1)), x_adv, best), torch.where(better, losses, best_losses)
 
 
 PLUGIN = Pgd

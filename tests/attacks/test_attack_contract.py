@@ -27,18 +27,23 @@ QUICK: dict[str, dict[str, object]] = {"autoattack": {"steps": 2, "queries": 4}}
 SUITES = [name for name, cls in PLUGINS.items() if hasattr(cls, "attacks")]
 """Attacks one after the other, each content with a misclassified image."""
 
-LEARNT = [name for name, cls in PLUGINS.items() if hasattr(cls, "fit")]
+LEARNT = ["ai_gan"]
 """Attacks that are trained first: they promise no optimum, all else as every attack."""
+
+ASIDE = {"feature_adversary", "hidden_patch", "intermediate_level", "jsma", "universal", *SUITES, *LEARNT}
+"""Attacks that do not climb the loss of each sample on all of its pixels: they aim at features, at few pixels, at all
+samples together."""
 
 MAXIMISERS = [
     name
     for name, cls in PLUGINS.items()
-    if not hasattr(cls, "nearest") and not hasattr(cls, "attempt") and name not in (*SUITES, *LEARNT)
+    if name not in ASIDE and not hasattr(cls, "nearest") and not hasattr(cls, "attempt")
 ]
 """Attacks that climb their loss by gradients to the edge of the ball."""
 
 NEAREST = {name: 1.05 for name, cls in PLUGINS.items() if hasattr(cls, "nearest")}
-NEAREST |= {"opt": 1.1}  # ten distances along a direction for one estimate
+# What EAD calls near is the elastic net, whatever the norm; OPT asks for ten distances along a direction an estimate.
+NEAREST |= {"ead": 4.0, "opt": 1.1}
 """Attacks that look for the nearest misclassified image, and how many times the exact distance they may need."""
 
 QUERYING = [name for name, cls in PLUGINS.items() if hasattr(cls, "attempt")]
