@@ -85,9 +85,10 @@ class DeepFool:
         stuck = (images >= self.threat_model.upper) & (normals > 0) | (images <= self.threat_model.lower) & (
             normals < 0
         )
-        normals = normals.masked_fill(stuck, 0)
-        directions = self.threat_model.geometry.steepest(normals)
-        slopes = (normals * directions).flatten(1).sum(1)  # the dual norm
+        geometry = self.threat_model.geometry
+        # The dual norm; of all pixels, so that what the bounds take from a step is left to the next, linearised anew.
+        slopes = (normals * geometry.steepest(normals)).flatten(1).sum(1)
+        directions = geometry.steepest(normals.masked_fill(stuck, 0))
         lengths = (gaps / slopes.clamp_min(torch.finfo(x_adv.dtype).tiny)).view(len(x_adv), -1)
         shortest, nearest = lengths.min(1)
         direction = directions.view(len(x_adv), -1, *x_adv.shape[1:])[torch.arange(len(x_adv)), nearest]

@@ -37,8 +37,9 @@ class Krylov:
     dimension the attack is PGD), or "scaled" to the l_2 length of that one and projected.
 
     A step costs a gradient and ``dimensions`` products of about two gradients each: compare with PGD at equal cost. For
-    piecewise linear networks all curvature comes from the loss, and on the margin there is none. step_size is in pixel
-    units; 0 means 2.5 epsilon / steps, but no more than epsilon.
+    piecewise linear networks all curvature comes from the loss, and on the margin there is none; differences of
+    their gradients see the kinks instead. step_size is in pixel units; 0 means 2.5 epsilon / steps, but no more
+    than epsilon.
     """
 
     threat_model: ThreatModel = field(default_factory=ThreatModel)

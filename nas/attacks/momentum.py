@@ -25,8 +25,9 @@ class Momentum:
     diversity: probability with which a step sees the batch shrunk to a random size between ``smallest`` and the full
     one, at a random place among zeros (DI, Xie et al., CVPR 2019, arXiv 1803.06978; shrunk rather than enlarged,
     because networks for small images take one size). Size and place are one draw for the whole batch.
-    smoothing: odd size of the Gaussian kernel the gradient is convolved with, cut off at three standard deviations; 0
-    for none (TI, Dong et al., CVPR 2019, arXiv 1904.02884). step_size is in pixel units; 0 means epsilon / steps.
+    smoothing: odd size of the Gaussian kernel the gradient is convolved with, cut off at three standard deviations (one
+    of 3 hardly smooths); 0 for none (TI, Dong et al., CVPR 2019, arXiv 1904.02884). step_size is in pixel units; 0
+    means epsilon / steps.
     """
 
     threat_model: ThreatModel = field(default_factory=ThreatModel)
