@@ -7,8 +7,12 @@ from dataclasses import dataclass
 
 from nas.attacks.autoattack import AutoAttack
 from nas.attacks.fgsm import Fgsm
+from nas.attacks.fmn import FastMinimumNorm
+from nas.attacks.hidden_layers import HiddenLayers
+from nas.attacks.hopskipjump import HopSkipJump
+from nas.attacks.krylov import Krylov
 from nas.attacks.pgd import Pgd
-from nas.attacks.square import Square
+from nas.attacks.rays import RayS
 from nas.errors import InputError, nearest
 from nas.evaluation.robustness import Trial
 from nas.objective import Attack
@@ -28,7 +32,11 @@ STANDARD: dict[str, Make] = {
 FULL: dict[str, Make] = {
     **QUICK,
     **STANDARD,
-    "square": lambda ball: Square(ball, queries=5000),
+    "krylov": Krylov,
+    "hidden-layers": HiddenLayers,
+    "fmn": FastMinimumNorm,
+    "rays": RayS,
+    "hopskipjump": HopSkipJump,
 }
 SUITES: dict[str, dict[str, Make]] = {"quick": QUICK, "standard": STANDARD, "full": FULL}
 
