@@ -29,7 +29,7 @@ from nas.tensor_file import write_text
 BASE = CONFIGURATIONS["a"]
 AXES = {
     "channels": (4, 8, 16, 32),
-    "cells": (3, 5, 8, 12, 20),
+    "cells": (4, 5, 8, 12, 20),
     "batch": (8, 16, 32, 64),
     "size": (16, 32, 64),
     "attack_steps": (1, 3, 7, 14),
