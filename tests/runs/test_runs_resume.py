@@ -33,7 +33,7 @@ def make_quick(patch: pytest.MonkeyPatch) -> None:
         return [ExportedFile(file, name, 0.0) for name in FORMATS for file in FORMATS[name].files]
 
     patch.setattr("runs.tasks.check_exports", check)
-    patch.setattr("runs.tasks.suspicions", lambda *arguments, **options: [Check("none", "pass", "")])
+    patch.setattr("runs.judging.suspicions", lambda *arguments, **options: [Check("none", "pass", "")])
     patch.setattr("runs.tasks.write_report", lambda results, path: path.write_text("report"))
 
 
