@@ -206,7 +206,10 @@ def search_and_train(results: Results, out: Path, name: str, setting: str, commo
     seconds = json.loads((path / "search" / "timing.json").read_text())["seconds"]
     results["searches"][key] = {
         "recipe": lines,
-        "mixing_weights": found["mixing_weights"],
+        "mixing_weights": {
+            kind: [[round(value, 5) for value in row] for row in table]
+            for kind, table in found["mixing_weights"].items()
+        },
         "genotype": found["genotype"],
         "parameters": trained["parameters"],
         "natural": judged["natural"],
@@ -229,7 +232,7 @@ def carry_out(run: RunDirectory, recipe: Recipe) -> None:
 
 def save(results: Results, out: Path) -> None:
     """Replace the results file."""
-    write_text(json.dumps(results, indent=1) + "\n", out)
+    write_text(json.dumps(results) + "\n", out)
 
 
 def ranks_agree(first: Results, second: Results) -> float:
