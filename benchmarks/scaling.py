@@ -47,9 +47,7 @@ def main() -> None:
     """Measure what is not in the results yet; write them, the table and the picture."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="two points of every axis, no largest supernet")
-    parser.add_argument(
-        "--verify", action="store_true", help="try the largest supernets that 8 GiB should hold (hours)"
-    )
+    parser.add_argument("--verify", action="store_true", help="try the largest supernets that should fit 8 GiB")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "scaling.json")
     arguments = parser.parse_args()
     points: dict[str, dict[str, Any]] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
