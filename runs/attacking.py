@@ -156,11 +156,11 @@ def _judged(
     title: str,
 ) -> tuple[dict[str, Any], Path]:
     make_folder(folder)
-    beyond = request.suite in ("standard", "full")
+    beyond = {"curves": request.suite in ("standard", "full"), "corruptions": request.suite == "full"}
     with torch.random.fork_rng(devices=[]):
         # A random network from outside may draw from the global stream.
         torch.manual_seed(bench.seed)
-        judged = judge(bench, network, trials, folder, curves=beyond, surrogates=others)
+        judged = judge(bench, network, trials, folder, **beyond, surrogates=others)
         pairs = gallery(network, bench.x, bench.y, bench.threat_model, seed=bench.seed)
     threat = {"norm": bench.threat_model.norm, "epsilon": bench.threat_model.epsilon}
     name = request.model if not is_outside(request.target) else title

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nas.evaluation.corruptions import corruption_accuracy
 from nas.evaluation.curves import epsilon_curve, step_curve, transfer
 from nas.evaluation.robustness import Trial, evaluate
 from nas.evaluation.suspicion import suspicions
@@ -38,11 +39,13 @@ def judge(
     folder: Path,
     *,
     curves: bool = False,
+    corruptions: bool = False,
     surrogates: Mapping[str, nn.Module] | None = None,
 ) -> dict[str, Any]:
     """Attack ``model``, suspect the result, and keep the masks in ``folder``. JSON-ready.
 
-    curves: accuracy over epsilon and over steps, too. surrogates: networks whose adversarial examples are tried.
+    curves: accuracy over epsilon and over steps, too. corruptions: accuracy on common corruptions. surrogates: networks
+    whose adversarial examples are tried.
     """
     x, y, surrogates = bench.x, bench.y, dict(surrogates or {})
     attacks = 0.95 if not curves else 0.7
@@ -67,6 +70,8 @@ def judge(
         result["transfer"] = transfer(
             model, surrogates, x, y, bench.threat_model, seed=bench.seed, batch_size=bench.batch_size
         )
+    if corruptions:
+        result["corruptions"] = corruption_accuracy(model, x, y, seed=bench.seed, batch_size=bench.batch_size)
     if curves:
         common: dict[str, Any] = {"seed": bench.seed, "batch_size": bench.batch_size}
         result["curves"] = {
