@@ -37,8 +37,8 @@ from nas.randomness import generator
 from nas.threat_model import ThreatModel
 
 CASES = {
-    "digits": ("digits", False, AiGan(ThreatModel("linf", 0.1), epochs=40)),
-    "digits, adversarially trained": ("digits", True, AiGan(ThreatModel("linf", 0.1), epochs=40)),
+    "digits": ("digits", False, AiGan(ThreatModel("linf", 0.1), epochs=40, batch_size=32)),
+    "digits, adversarially trained": ("digits", True, AiGan(ThreatModel("linf", 0.1), epochs=40, batch_size=32)),
     "mnist": ("mnist", False, AiGan(ThreatModel("linf", 0.3), epochs=10)),
     "cifar10": ("cifar10", False, AiGan(ThreatModel("linf", 8 / 255), epochs=8)),
 }

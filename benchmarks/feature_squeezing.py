@@ -75,7 +75,9 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
         for squeezers in (SQUEEZERS[name], *((squeezer,) for squeezer in SQUEEZERS[name]))
     ]
     false_positives = int(joint.flags(model, clean).sum())
+    chosen = f"--images {options.images} --calibration {options.calibration} --rate {options.rate}"
     report: dict[str, Any] = {
+        "options": f"--cases {name} {chosen} --steps {options.steps} --restarts {options.restarts}",
         "threat_model": str(task.threat_model),
         "natural_accuracy": float(right(model(clean).detach(), y[options.calibration :]).double().mean()),
         "images": len(rows),
@@ -132,7 +134,7 @@ def table(results: dict[str, Any]) -> str:
             "",
             f"Natural accuracy {report['natural_accuracy']:.1%}; {report['images']} correctly classified images "
             f"attacked; {report['detector']}, set on {report['calibration_images']} other images; false positives "
-            f"{report['false_positive_rate']:.1%} ({low:.1%} to {high:.1%}).",
+            f"{report['false_positive_rate']:.1%} ({low:.1%} to {high:.1%}). `{report['options']}`",
             "",
             "| attack | successful | detected (95 %) | successful, undetected | ROC AUC | failed ones flagged |",
             "|---|---:|---:|---:|---:|---:|",
