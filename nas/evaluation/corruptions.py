@@ -16,7 +16,7 @@ movement for bending, glass and motion blur one parameter for another, saturate 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -129,7 +129,7 @@ def _accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> float:
     return sum(int(right(model(images), labels).sum()) for images, labels in pairs) / len(x)
 
 
-def _check(names: Iterable[str], severities: Iterable[int], x: Tensor) -> None:
+def _check(names: Sequence[str], severities: Sequence[int], x: Tensor) -> None:
     for name in names:
         if name in ABSENT:
             raise InputError(f"corruption '{name}' is absent: it needs photographs of {name}, which are not at hand")
@@ -195,8 +195,8 @@ def defocus_blur(x: Tensor, radius: float, alias: float, generator: torch.Genera
     kernel = _convolved(disc[None, None], _gaussian(alias, 1), "edge")[0, 0]
     scale = _scale(x)
     far = math.ceil((reach + 1) * scale) - 1
-    enlarged = torch.arange(-far, far + 1, device=x.device) / scale
-    share = (1 - (enlarged[:, None] - place).abs()).clamp(min=0).to(x)
+    enlarged = torch.arange(-far, far + 1, device=x.device, dtype=x.dtype) / scale
+    share = (1 - (enlarged[:, None] - place).abs()).clamp(min=0)
     kernel = share @ kernel @ share.T
     n, c, h, w = x.shape
     padded = _padded(_padded(x, 2, far, "mirror"), 3, far, "mirror")
