@@ -88,11 +88,11 @@ def raising(error: Exception) -> Callable[[], object]:
 
 
 def sleeping(name: str) -> Task:
-    """A task of a minute; first it leaves its process id."""
+    """A task of five minutes, which nobody waits for; first it leaves its process id."""
 
     def work(context: Context) -> dict[str, Any]:
         (context.run.folder(name) / "pid").write_text(str(os.getpid()))
-        time.sleep(60)
+        time.sleep(300)
         return {}
 
     return Task(name, (), work)
@@ -102,7 +102,7 @@ def waiting_for(path: Path, act: Callable[[], object]) -> Callable[[], object]:
     """``act`` once ``path`` is there."""
 
     def wait() -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120  # a busy machine starts workers slowly
         while not (path.exists() and path.read_text()):
             assert time.monotonic() < deadline
             time.sleep(0.01)
