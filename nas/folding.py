@@ -49,8 +49,9 @@ def constant_convolutions(model: nn.Module) -> Iterator[None]:
 
     try:
         with torch.no_grad():
-            joined = joinable(model)
-            fast = [module for module in model.modules() if _plain_convolution(module) and _suits(module)]
+            convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and _plain_convolution(m)]
+            joined = joinable(model) if convolutions else {}
+            fast = [convolution for convolution in convolutions if winograd.suits(convolution, convolution.weight)]
             if fast and winograd.kernels() is None:
                 fast = []
             for convolution in dict.fromkeys([*joined, *fast]):
@@ -144,7 +145,7 @@ def joinable(model: nn.Module) -> dict[nn.Conv2d, Followers]:
     """
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return {}
-    if model in _UNTRACEABLE or not any(_plain_convolution(module) for module in model.modules()):
+    if model in _UNTRACEABLE:
         return {}
     graph = _graph(model)
     if graph is None:
@@ -219,11 +220,6 @@ def _plain_norm(module: nn.Module) -> bool:
 
 def _plain_relu(module: nn.Module) -> bool:
     return _plain(module, nn.ReLU)
-
-
-def _suits(module: nn.Module) -> bool:
-    assert isinstance(module, nn.Conv2d)
-    return winograd.suits(module, module.weight)
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -80,12 +80,12 @@ def _carry_out_in_workers(run: RunDirectory, count: int, pending: list[Task], ob
         waiting = list(pending)
         alone = {task.name for task in pending if task.alone}
         while waiting or any(worker.task for worker in workers):
+            busy = sum(worker.task is not None for worker in workers)
+            while len(workers) < min(count, busy + len(waiting)):
+                # A worker needs seconds to start: before there is something for it to do.
+                workers.append(_start_worker(run))
             for task in [task for task in waiting if set(task.needs) <= done]:
                 worker = next((worker for worker in workers if worker.task is None), None)
-                if worker is None and len(workers) < count:
-                    # A worker costs seconds and memory: it is started when there is something for it to do.
-                    worker = _start_worker(run)
-                    workers.append(worker)
                 if worker is not None:
                     waiting.remove(task)
                     worker.task = task.name

@@ -27,7 +27,7 @@ from nas.export.parity import check_exports
 from nas.model_file import ModelSpec, load_model, save_model, weights_digest, with_plan
 from nas.objective import Objective
 from nas.randomness import derived_seed, generator
-from nas.report.page import verdict, write_report
+from nas.report.verdict import verdict
 from nas.search.bilevel import search
 from nas.search.memory_budget import DryRun, fit
 from nas.search.random_cells import random_cells
@@ -109,12 +109,14 @@ def plan(recipe: Recipe, command: str) -> list[Task]:
     full = command == "run"
     networks = ["searched"] + [f"random-{i + 1}" for i in range(recipe.baselines.random if full else 0)]
     networks += ["plain"] if full and recipe.baselines.plain is not None else []
-    for name in networks:
-        tasks.append(Task(f"train/{name}", ("analyse",), _train(name)))
+    # Several may be done at once, the first that can be before others: long chains come first, short tasks last.
     models = list(networks)
-    if full and recipe.compress is not None:
-        tasks.append(Task("compress", ("train/searched",), _compress))
-        models.append("compressed")
+    for name in networks:
+        # The plain baseline does not depend on what was found.
+        tasks.append(Task(f"train/{name}", ("search" if name == "plain" else "analyse",), _train(name)))
+        if name == "searched" and full and recipe.compress is not None:
+            tasks.append(Task("compress", ("train/searched",), _compress))
+            models.insert(0, "compressed")
     for name in models:
         trained = "compress" if name == "compressed" else f"train/{name}"
         tasks.append(Task(f"evaluate/{name}", (trained,), _evaluate(name)))
@@ -380,6 +382,9 @@ def _report(context: Context) -> dict[str, Any]:
 
 def write_page(run: RunDirectory, results: Mapping[str, Any]) -> Path:
     """report.html of a run; times are only here, so that results.json of equal runs are equal."""
+    # Pictures need matplotlib, which takes half a second to import in every worker.
+    from nas.report.page import write_report
+
     paths = sorted(run.path.rglob("timing.json"))
     timing = {str(path.parent.relative_to(run.path)): read_json(path)["seconds"] for path in paths}
     environment = read_json(run.path / "environment.json")

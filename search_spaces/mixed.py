@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from search_spaces.layers import avg_pool, max_pool, offset_halves, padding_of
-from search_spaces.native.cells import Part
+from search_spaces.native.cells import Part, Place
 from search_spaces.native.program import DEPTHWISE, HALVES, Convolution, Slot, Source
 from search_spaces.operations import OPERATIONS
 
@@ -104,10 +104,12 @@ class MixedEdges(nn.Module):
         optional = [norm for norm in (self.norm1, self.norm2, self.halves_norm) if norm is not None]
         return [*optional, *self.pool_norms]  # type: ignore[list-item]
 
-    def weights(self) -> list[nn.Parameter]:
-        """The parameters in the order of ``source``'s slots."""
-        halves = [weight for weight in (self.halves_even, self.halves_odd) if weight is not None]
-        return [*self.depthwise1, *self.depthwise2, self.pointwise1, self.pointwise2, *halves]
+    def weights(self) -> list[Place]:
+        """Where the parameters are, in the order of ``source``'s slots."""
+        lists = (self.depthwise1, self.depthwise2)
+        depthwise: list[Place] = [(kernels, str(i)) for kernels in lists for i in range(len(kernels))]
+        names = ("pointwise1", "pointwise2", *(("halves_even", "halves_odd") if self.halves else ()))
+        return [*depthwise, *((self, name) for name in names)]
 
     def part(self) -> Part:
         """These edges for the native kernels."""

@@ -60,13 +60,16 @@ class DiscreteCell(nn.Module):
 
     def _natively(self, input0: Tensor, input1: Tensor) -> Tensor | None:
         """The whole cell in one call of the native kernels, where they know everything in it."""
+        return run(self.wiring, self._parts, [input0, input1], None, self)
+
+    def _parts(self) -> list[Part] | None:
         parts: list[Part] = []
         for module in (self.preprocess0, self.preprocess1, *self.operations):
             part = part_of(module, self.channels)
             if part is None:
                 return None
             parts.append(part)
-        return run(self.wiring, parts, [input0, input1], None, self)
+        return parts
 
 
 class AuxiliaryHead(nn.Module):

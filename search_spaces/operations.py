@@ -68,10 +68,11 @@ class SeparableConv(nn.Sequential):
         if not all(isinstance(module, kinds[i % 4]) for i, module in enumerate(modules)):
             return None
         stages = range(0, len(modules), 4)
-        return staged(self.source, [((modules[i + 1].weight, modules[i + 2].weight), modules[i + 3]) for i in stages])
+        weights = [((modules[i + 1], "weight"), (modules[i + 2], "weight")) for i in stages]
+        return staged(self.source, [(pair, modules[i + 3]) for pair, i in zip(weights, stages, strict=True)])
 
     def forward(self, x: Tensor) -> Tensor:
-        y = evaluate(self.part(), x, self)
+        y = evaluate(self.part, x, self)
         return super().forward(x) if y is None else y
 
 
@@ -87,7 +88,7 @@ class MaxPool(nn.Module):
         return Part(pool("max_pool", self.channels, self.stride))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = evaluate(self.part(), x, self)
+        y = evaluate(self.part, x, self)
         return max_pool(x, self.stride) if y is None else y
 
 
@@ -103,7 +104,7 @@ class AvgPool(nn.Module):
         return Part(pool("avg_pool", self.channels, self.stride))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = evaluate(self.part(), x, self)
+        y = evaluate(self.part, x, self)
         return avg_pool(x, self.stride) if y is None else y
 
 
@@ -125,10 +126,10 @@ class FactorisedReduce(nn.Module):
         plain = isinstance(self.activation, nn.ReLU) and isinstance(self.bn, nn.BatchNorm2d)
         if not (plain and isinstance(self.even, PointwiseConv2d) and isinstance(self.odd, PointwiseConv2d)):
             return None
-        return staged(self.source, [((self.even.weight, self.odd.weight), self.bn)])
+        return staged(self.source, [(((self.even, "weight"), (self.odd, "weight")), self.bn)])
 
     def forward(self, x: Tensor) -> Tensor:
-        y = evaluate(self.part(), x, self)
+        y = evaluate(self.part, x, self)
         if y is not None:
             return y
         even, odd = offset_halves(self.activation(x))
@@ -152,10 +153,10 @@ class ReluConvBn(nn.Sequential):
         kinds = (nn.ReLU, PointwiseConv2d, nn.BatchNorm2d)
         if not all(isinstance(module, kind) for module, kind in zip(modules, kinds, strict=True)):
             return None
-        return staged(self.source, [((modules[1].weight,), modules[2])])
+        return staged(self.source, [(((modules[1], "weight"),), modules[2])])
 
     def forward(self, x: Tensor) -> Tensor:
-        y = evaluate(self.part(), x, self)
+        y = evaluate(self.part, x, self)
         return super().forward(x) if y is None else y
 
 

@@ -79,7 +79,7 @@ def _mixed(edges: MixedEdges, x: Tensor, weights: Tensor) -> Sequence[Tensor]:
     targets = tuple(range(1, 1 + count))
     wiring = edges.__dict__.setdefault("_wiring", Wiring((0,), (targets,), targets))
     mixing = weights.index_select(1, edges.column_index).flatten()
-    y = run(wiring, [edges.part()], [x], mixing, edges)
+    y = run(wiring, lambda: [edges.part()], [x], mixing, edges)
     return edges(x, weights).unbind(0) if y is None else y.split(edges.channels, dim=1)
 
 

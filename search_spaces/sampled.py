@@ -156,18 +156,23 @@ class Separable(nn.Module):
             self.register_parameter(f"pointwise{stage}", nn.Parameter(pointwise))
             self.register_module(f"norm{stage}", nn.BatchNorm2d(channels, affine=False))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def part(self) -> Part | None:
+        """This operation for the native kernels."""
         stages = [
-            ((getattr(self, f"depthwise{stage}"), getattr(self, f"pointwise{stage}")), getattr(self, f"norm{stage}"))
+            (((self, f"depthwise{stage}"), (self, f"pointwise{stage}")), getattr(self, f"norm{stage}"))
             for stage in range(len(self.strides))
         ]
-        y = evaluate(staged(self.source, stages), x, self)
+        return staged(self.source, stages)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = evaluate(self.part, x, self)
         if y is not None:
             return y
-        for ((depthwise, pointwise), norm), stride in zip(stages, self.strides, strict=True):
+        for stage, stride in enumerate(self.strides):
+            depthwise, pointwise = getattr(self, f"depthwise{stage}"), getattr(self, f"pointwise{stage}")
             padding = padding_of(depthwise.shape[-1], self.dilation)
             x = F.conv2d(torch.relu(x), depthwise, None, stride, padding, self.dilation, groups=x.shape[1])
-            x = norm(F.conv2d(x, pointwise))
+            x = getattr(self, f"norm{stage}")(F.conv2d(x, pointwise))
         return x
 
 
@@ -179,7 +184,7 @@ class NormalisedPool(nn.BatchNorm2d):
         self.kind, self.stride = kind, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        y = evaluate(Part(pool(self.kind, x.shape[1], self.stride)), x, self)
+        y = evaluate(lambda: Part(pool(self.kind, x.shape[1], self.stride)), x, self)
         if y is None:
             y = max_pool(x, self.stride) if self.kind == "max_pool" else avg_pool(x, self.stride)
         return super().forward(y)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from search_spaces.layers import Normalise
 from search_spaces.layout import Layout
 from search_spaces.mixed import MixedEdges
-from search_spaces.native.cells import Wiring, run
+from search_spaces.native.cells import Part, Wiring, run
 from search_spaces.network import Stem, cell_input
 from search_spaces.operations import part_of
 
@@ -78,11 +78,13 @@ class MixedCell(nn.Module):
 
     def _natively(self, input0: Tensor, input1: Tensor, mixing: Tensor) -> Tensor | None:
         """The whole cell in one call of the native kernels, where they know everything in it."""
+        return run(self.wiring, self._parts, [input0, input1], mixing, self)
+
+    def _parts(self) -> list[Part] | None:
         parts = [part_of(module, 0) for module in (self.preprocess0, self.preprocess1)]
         if parts[0] is None or parts[1] is None:
             return None
-        edges = [source.part() for source in self._sources()]
-        return run(self.wiring, [parts[0], parts[1], *edges], [input0, input1], mixing, self)
+        return [parts[0], parts[1], *(source.part() for source in self._sources())]
 
     def _sources(self) -> list[MixedEdges]:
         return [*self.sources]  # type: ignore[list-item]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -22,27 +22,75 @@ LANES = 16
 Mixer = Callable[[Tensor, Tensor], Tensor]
 
 
+Place = tuple[nn.Module, str]
+"""Where a tensor is found: a module and the name of its parameter."""
+
+
 @dataclass(frozen=True)
 class Part:
-    """A source with its tensors: what a module of a cell computes.
+    """A source and where its tensors are: what a module of a cell computes, as long as it has the same modules.
 
     mixer: the same for a source with mixing weights in torch's own operations, from x and [E, columns] to [E, maps].
     """
 
     source: Source
-    parameters: Sequence[Tensor] = ()
+    parameters: Sequence[Place] = ()
     norms: Sequence[nn.BatchNorm2d] = ()
     mixer: Mixer | None = None
 
 
+class Parts:
+    """The parts below a module, known until one of the modules there is exchanged.
+
+    To find them again at every pass, and to ask every module for hooks through torch's iterators, would take longer
+    than the arithmetic of a small cell.
+    """
+
+    def __init__(self, owner: nn.Module, parts: Sequence[Part] | None) -> None:
+        self.found = parts
+        self.modules = [module for child in owner.children() for module in child.modules()]
+        self.below = [(module._modules, [*module._modules.values()]) for module in (owner, *self.modules)]
+        self.norms = [norm for part in parts or () for norm in part.norms]
+        self.places = [place for part in parts or () for place in part.parameters]
+
+    def stand(self) -> bool:
+        """Whether all modules are still those that the parts were made of."""
+        return all([*table.values()] == children for table, children in self.below)
+
+    def watched(self) -> bool:
+        """Whether a hook wants to see one of the modules at work."""
+        return _watched(self.modules)
+
+    def tensors(self) -> list[Tensor]:
+        """The parameters of all parts, as they are now."""
+        found = [module._parameters.get(name) for module, name in self.places]
+        # A parametrised weight is no parameter any more, but computed.
+        return [getattr(*place) if tensor is None else tensor for tensor, place in zip(found, self.places, strict=True)]
+
+
 @dataclass
 class Wiring:
-    """Which value each part reads and which values it adds to (see ``program.Step``); programs made for it so far."""
+    """Which value each part reads and which values it adds to (see ``program.Step``); what was made for it so far."""
 
     reads: Sequence[int]
     writes: Sequence[tuple[int, ...]]
     outputs: Sequence[int]
-    programs: dict[object, tuple[list[Source], Program]] = field(default_factory=dict)
+    programs: dict[object, Program] = field(default_factory=dict)
+    parts: Parts | None = None
+
+    def known(self, owner: nn.Module, find: Callable[[], Sequence[Part] | None]) -> Parts:
+        """The parts that ``find`` gives for ``owner``, found anew where a module was exchanged."""
+        if self.parts is None or not self.parts.stand():
+            self.parts = Parts(owner, find())
+            self.programs.clear()
+        return self.parts
+
+    def __deepcopy__(self, memo: object) -> Wiring:
+        # Belongs to the modules it was made for; a copy of them makes its own.
+        return Wiring(self.reads, self.writes, self.outputs)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "programs": {}, "parts": None}
 
 
 def single(
@@ -88,37 +136,55 @@ def skip(channels: int) -> Source:
     return Source(1, channels, channels, 1, skip=True)
 
 
-def staged(source: Source, stages: Sequence[tuple[Sequence[Tensor], nn.BatchNorm2d]]) -> Part | None:
+def staged(source: Source, stages: Sequence[tuple[Sequence[Place], nn.BatchNorm2d]]) -> Part | None:
     """``single`` with the weights and the normalisation of each repeat; None where they do not fit it."""
-    tensors = [t for weights, norm in stages for t in (*weights, norm.weight, norm.bias) if t is not None]
-    if len(tensors) != source.parameters:
+    places = [
+        (module, name)
+        for weights, norm in stages
+        for module, name in (*weights, (norm, "weight"), (norm, "bias"))
+        if getattr(module, name) is not None
+    ]
+    if len(places) != source.parameters:
         return None
-    return Part(source, tensors, [norm for _, norm in stages])
+    return Part(source, places, [norm for _, norm in stages])
 
 
-def evaluate(part: Part | None, x: Tensor, owner: nn.Module) -> Tensor | None:
-    """What ``part`` makes of ``x`` [N, C, H, W], or None where torch has to compute it. owner: as in ``run``."""
-    if part is None:
-        return None
-    wiring = owner.__dict__.setdefault("_wiring", Wiring((0,), ((1,),), (1,)))
-    return run(wiring, [part], [x], None, owner)
+def evaluate(find: Callable[[], Part | None], x: Tensor, owner: nn.Module) -> Tensor | None:
+    """What the part that ``find`` gives makes of ``x`` [N, C, H, W], or None where torch has to compute it.
+
+    owner: as in ``run``.
+    """
+
+    def find_all() -> Sequence[Part] | None:
+        part = find()
+        return None if part is None else [part]
+
+    wiring = owner.__dict__.get("_wiring")
+    if wiring is None:
+        wiring = owner.__dict__["_wiring"] = Wiring((0,), ((1,),), (1,))
+    return run(wiring, find_all, [x], None, owner)
 
 
 def run(
-    wiring: Wiring, parts: Sequence[Part], inputs: Sequence[Tensor], mixing: Tensor | None, owner: nn.Module
-) -> Tensor | None:
-    """Carry out ``parts``: the values ``wiring.outputs`` side by side [N, C, H, W], or None where torch has to.
+    wiring: Wiring, find: Callable[[], Sequence[Part] | None], inputs: Sequence[Tensor], mixing: Tensor | None,
+    owner: nn.Module,
+) -> Tensor | None:  # fmt: skip
+    """Carry out the parts that ``find`` gives: the values ``wiring.outputs`` side by side [N, C, H, W].
 
-    mixing: the mixing weights of all parts that have a mixer, flat. owner: the module whose inner parts nobody may
-    be watching.
+    None where torch has to: parts are unknown (``find`` gives None), or see ``suits``. mixing: the mixing weights of
+    all parts that have a mixer, flat. owner: the module whose children the parts are made of, and which nobody may
+    be watching; ``find`` is asked again only when one of the modules below it was exchanged.
     """
     x = inputs[0]
-    if not suits(x) or hooked(*owner.children()):
+    if not suits(x):
         return None
-    norms = [norm for part in parts for norm in part.norms]
-    parameters = [tensor for part in parts for tensor in part.parameters]
-    batch_statistics = {norm.training or norm.running_mean is None for norm in norms}
-    recording = {norm.track_running_stats and norm.running_mean is not None for norm in norms}
+    known = wiring.known(owner, find)
+    parts = known.found
+    if parts is None or known.watched():
+        return None
+    norms, parameters = known.norms, known.tensors()
+    batch_statistics = {norm.training or norm._buffers["running_mean"] is None for norm in norms}
+    recording = {norm.track_running_stats and norm._buffers["running_mean"] is not None for norm in norms}
     if len(batch_statistics) > 1 or any(norm.eps != part.norms[0].eps for part in parts for norm in part.norms):
         return None
     training = batch_statistics == {True}
@@ -149,11 +215,10 @@ def _program(
     norms: Sequence[nn.BatchNorm2d], training: bool,
 ) -> Program:  # fmt: skip
     """The program of ``parts``, from what was made before if it fits."""
-    sources = [part.source for part in parts]
-    key = (*shapes, batch, dtype, training, *((norm.num_features, norm.eps, norm.momentum) for norm in norms))
+    key = (*shapes, batch, dtype, training, *[(norm.num_features, norm.eps, norm.momentum) for norm in norms])
     known = wiring.programs.get(key)
-    if known is not None and all(a is b for a, b in zip(known[0], sources, strict=True)):
-        return known[1]
+    if known is not None:
+        return known
     steps, first = [], 0
     for part, reads, writes in zip(parts, wiring.reads, wiring.writes, strict=True):
         steps.append(Step(part.source, reads, writes, first, part.mixer is not None))
@@ -161,7 +226,7 @@ def _program(
     program = Program(shapes, batch, steps, wiring.outputs, norms, dtype, training)
     if len(wiring.programs) >= 16:
         wiring.programs.clear()
-    wiring.programs[key] = sources, program
+    wiring.programs[key] = program
     return program
 
 
@@ -186,11 +251,14 @@ def suits(x: Tensor) -> bool:
 
 def hooked(*modules: nn.Module) -> bool:
     """Whether a hook wants to see ``modules`` or a part of them at work."""
-    return any(
-        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-        for module in modules
-        for part in module.modules()
-    )
+    return _watched(part for module in modules for part in module.modules())
+
+
+def _watched(modules: Iterable[nn.Module]) -> bool:
+    for module in modules:
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return True
+    return False
 
 
 def concatenate(tensors: Sequence[Tensor]) -> Tensor:

@@ -283,7 +283,8 @@ class Program:
         addresses += [tensor.data_ptr() for tensor in parameters]
         addresses += [g.data_ptr() for g in g_parameters] if g_parameters is not None else [0] * self.parameters
         for norm in norms or ():
-            for buffer in (norm.running_mean, norm.running_var, norm.num_batches_tracked):
+            held = norm._buffers
+            for buffer in (held["running_mean"], held["running_var"], held["num_batches_tracked"]):
                 addresses.append(0 if buffer is None else buffer.data_ptr())
         if norms is None:
             addresses += [0] * (3 * self.norms)

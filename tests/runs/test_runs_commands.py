@@ -39,7 +39,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the reloading of exports and the pictures of the report, which take seconds."""
     for place in ("nas.export.parity", "runs.tasks"):
         monkeypatch.setattr(f"{place}.check_exports", lambda folder, spec, model, inputs: [])
-    monkeypatch.setattr("runs.tasks.write_report", lambda results, path: path.write_text("report"))
+    monkeypatch.setattr("nas.report.page.write_report", lambda results, path: path.write_text("report"))
 
 
 def folder_of(run: Path, network: str) -> Path:

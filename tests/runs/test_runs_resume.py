@@ -34,7 +34,7 @@ def make_quick(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr("runs.tasks.check_exports", check)
     patch.setattr("runs.judging.suspicions", lambda *arguments, **options: [Check("none", "pass", "")])
-    patch.setattr("runs.tasks.write_report", lambda results, path: path.write_text("report"))
+    patch.setattr("nas.report.page.write_report", lambda results, path: path.write_text("report"))
 
 
 @pytest.fixture(autouse=True)
@@ -105,10 +105,10 @@ STOPS = [
     (LOG, 1, False, COMPRESS),
     (TRAIN_CHECKPOINT, 1, False, COMPRESS),
     (FINISH, 1, True, COMPRESS),
-    (MASKS, 2, False, "evaluate/searched"),
-    (MASKS, 1, True, "evaluate/searched"),
-    (FINISH, 1, True, "evaluate/searched"),
-    (MASKS, 3, False, "evaluate/compressed"),
+    (MASKS, 2, False, "evaluate/compressed"),
+    (MASKS, 1, True, "evaluate/compressed"),
+    (FINISH, 1, True, "evaluate/compressed"),
+    (MASKS, 3, False, "evaluate/searched"),
     (FINISH, 2, True, "export"),
     (PAGE, 1, True, "report"),
     (FINISH, 1, True, "report"),

@@ -6,6 +6,7 @@ import gc
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from nas.compression.magnitude import MagnitudePruning
@@ -290,6 +291,41 @@ def test_other_operations_in_the_same_place_are_noticed(by_torch):
     cell(*inputs)
     cell.operations[0] = SeparableConv(3, 5, 1, 1, 2).double().eval()
     torch.testing.assert_close(cell(*inputs), by_torch(lambda: cell(*inputs)))
+
+
+def _exchange_activation(cell):
+    cell.operations[0][4] = nn.SiLU()
+
+
+def _exchange_parameter(cell):
+    cell.preprocess1[1].weight = nn.Parameter(2 * cell.preprocess1[1].weight.detach())
+
+
+def _parametrise(cell):
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    parametrize.register_parametrization(cell.operations[0][1], "weight", Doubled())
+
+
+def _exchange_norm(cell):
+    cell.preprocess0[2] = nn.BatchNorm2d(3).double().eval()
+    nn.init.normal_(cell.preprocess0[2].running_mean)
+
+
+CHANGES = [_exchange_activation, _exchange_parameter, _parametrise, _exchange_norm]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.removeprefix("_"))
+def test_what_changes_inside_between_two_passes_is_noticed(change, by_torch):
+    cell = _network(_only("sep_conv_3x3")).cells[0].eval()
+    inputs = [torch.rand(4, 9, 8, 8, dtype=torch.float64) for _ in range(2)]
+    before = cell(*inputs)
+    change(cell)
+    after = cell(*inputs)
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(after, by_torch(lambda: cell(*inputs)))
 
 
 def test_momentum_is_read_anew():
