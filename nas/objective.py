@@ -1,12 +1,24 @@
-"""The two contracts everything else plugs into: an attack is a value, a training method is an objective."""
+"""The two contracts everything else plugs into: an attack is a value, a training method is an objective.
+
+A training method is no more than an ``Objective`` where it can be. What some need beyond that are contracts of their
+own, each a method or two that the training loop looks for: gradients that are not those of one loss (``Gradients``),
+something prepared before training (``Prepares``), a state that training goes on with after a crash (``Remembers``),
+batches seen several times (``Replays``), other images to train on (``TrainsOn``).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from nas.data.image_data import ImageData
+    from nas.data.split import Split
 
 Metrics = dict[str, Tensor]
 """Names to detached scalars; reduced to floats once per epoch, so that no step waits for the device."""
@@ -60,3 +72,83 @@ class Objective(Protocol):
     """
 
     def __call__(self, model: nn.Module, batch: Batch, state: State) -> tuple[Tensor, Metrics]: ...
+
+
+@runtime_checkable
+class Gradients(Protocol):
+    """An objective whose step is not along the gradient of its loss: several losses weighed, weights perturbed.
+
+    ``objective.gradients(model, batch, state, parameters) -> (loss, gradients, metrics)``: a detached scalar to show,
+    one gradient for each of ``parameters`` (None: unused), detached scalars. Leaves ``.grad``, weights and modes as
+    found; running statistics are updated as by one pass in train mode.
+    """
+
+    def gradients(
+        self, model: nn.Module, batch: Batch, state: State, parameters: Sequence[nn.Parameter]
+    ) -> tuple[Tensor, list[Tensor | None], Metrics]: ...
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a training method may prepare itself from.
+
+    model: the network with its initial weights, on the device, which ``prepare`` must not change;  data, split: on the
+    device;  seed: of the training;  epochs, batch_size: of the training;  folder: where what took long to prepare may
+    be kept, in files named after the method (None: nowhere).
+    """
+
+    model: nn.Module
+    data: ImageData
+    split: Split
+    seed: int
+    epochs: int
+    batch_size: int
+    folder: Path | None = None
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """A training method that becomes an objective only once it knows model and data.
+
+    ``method.prepare(setting) -> objective``. The same setting gives the same objective; a call that was cut off and is
+    made again, in the same folder, comes to the same result.
+    """
+
+    def prepare(self, setting: Setting) -> Objective: ...
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """A prepared objective with a state of its own: ``tree()`` for the checkpoint, ``restore(tree)`` from it."""
+
+    def tree(self) -> Mapping[str, Any]: ...
+
+    def restore(self, tree: Mapping[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class Replays(Protocol):
+    """An objective that sees each batch ``replays`` times in a row."""
+
+    @property
+    def replays(self) -> int: ...
+
+
+@runtime_checkable
+class TrainsOn(Protocol):
+    """A prepared objective with training images of its own: ``training_images() -> (x, y)``.
+
+    x: [N, C, H, W] uint8;  y: [N] int64, on the device of the data set. Validation stays on images of the data set.
+    """
+
+    def training_images(self) -> tuple[Tensor, Tensor]: ...
+
+
+def gradients_of(
+    objective: Objective, model: nn.Module, batch: Batch, state: State, parameters: Sequence[nn.Parameter]
+) -> tuple[Tensor, list[Tensor | None], Metrics]:
+    """Loss (detached), gradients of the weights and metrics of any objective on a batch."""
+    if isinstance(objective, Gradients):
+        return objective.gradients(model, batch, state, parameters)
+    loss, metrics = objective(model, batch, state)
+    return loss.detach(), [*torch.autograd.grad(loss, [*parameters], allow_unused=True)], metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,8 +67,18 @@ class Sgd:
 def weight_step(
     loss: Tensor, parameters: list[nn.Parameter], optimiser: torch.optim.Optimizer, rate: float, clip: float
 ) -> None:
-    """Backward, clip, step: the only place where weights are trained."""
-    gradients: list[Tensor | None] = list(torch.autograd.grad(loss, parameters, allow_unused=True))
+    """Backward, clip, step."""
+    gradient_step([*torch.autograd.grad(loss, parameters, allow_unused=True)], parameters, optimiser, rate, clip)
+
+
+def gradient_step(
+    gradients: Sequence[Tensor | None],
+    parameters: Sequence[nn.Parameter],
+    optimiser: torch.optim.Optimizer,
+    rate: float,
+    clip: float,
+) -> None:
+    """Clip, step: the only place where weights are trained."""
     if clip:
         # Not in place: autograd hands out one tensor for two weights that are added, and expanded ones for sums.
         used = [gradient for gradient in gradients if gradient is not None]

@@ -18,8 +18,8 @@ from nas.data.image_data import ImageData
 from nas.data.split import Split
 from nas.errors import Diverged, InputError
 from nas.model_state import evaluating
-from nas.objective import Attack, Objective, State
-from nas.optimisation import Sgd, optimiser_tree, restore_optimiser, weight_step
+from nas.objective import Attack, Objective, Prepares, Remembers, Replays, Setting, State, TrainsOn, gradients_of
+from nas.optimisation import Sgd, gradient_step, optimiser_tree, restore_optimiser
 from nas.randomness import generator
 from nas.tensor_file import read_tree, write_tree
 
@@ -75,11 +75,15 @@ def train(
     Best means highest robust accuracy on ``split.validation``, then highest natural accuracy, then latest. The
     state is written to ``checkpoint`` after every epoch; a later call with the same arguments goes on from there
     to the same result. ``log`` gets each epoch's record, ``history`` once all records so far, ``tick`` the progress.
-    Raises ``Diverged`` when a loss is not finite; the checkpoint then holds the last good epoch.
+    What ``objective`` asks for beyond a loss (see ``nas.objective``) is heeded; it is prepared here, in the folder of
+    ``checkpoint``. Raises ``Diverged`` when a loss is not finite; the checkpoint then holds the last good epoch.
     """
     if len(split.validation) == 0:
         raise InputError("no validation images to choose a checkpoint by: set data.validation above 0")
     device = data.x_train.device
+    if isinstance(objective, Prepares):
+        folder = None if checkpoint is None else checkpoint.parent
+        objective = objective.prepare(Setting(model, data, split, seed, training.epochs, training.batch_size, folder))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = training.optimiser.optimiser(parameters)
     average = (
@@ -95,19 +99,25 @@ def train(
         restore_optimiser(optimiser, tree["optimiser"])
         if average is not None:
             average.load_state_dict(tree["average"])
+        if isinstance(objective, Remembers):
+            objective.restore(tree["objective"])
         records, best_state, best_key = tree["records"], tree["best"], tuple(tree["best_key"])
     history(records)
 
-    indices = split.training.to(device)
-    steps = batch_count(len(indices), training.batch_size, True)
+    x, y, indices = data.x_train, data.y_train, split.training.to(device)
+    if isinstance(objective, TrainsOn):
+        x, y = objective.training_images()
+        indices = torch.arange(len(y), device=device)
+    replays = objective.replays if isinstance(objective, Replays) else 1
+    steps = replays * batch_count(len(indices), training.batch_size, True)
     for epoch in range(len(records), training.epochs):
         attack_generator = generator(seed, "attack", epoch, device=device)
         method_generator = generator(seed, "method", epoch, device=device)
         sums: dict[str, Tensor] = {}
         model.train()
         epoch_batches = batches(
-            data.x_train,
-            data.y_train,
+            x,
+            y,
             indices,
             batch_size=training.batch_size,
             shuffle=generator(seed, "order", epoch),
@@ -115,14 +125,15 @@ def train(
             augmentation_generator=generator(seed, "augmentation", epoch, device=device),
             drop_last=True,
         )
-        for step, batch in enumerate(epoch_batches):
+        for step, batch in enumerate(batch for batch in epoch_batches for _ in range(replays)):
             progress = (epoch + step / steps) / training.epochs
             state = State(epoch, epoch * steps + step, progress, attack_generator, method_generator)
-            loss, metrics = objective(model, batch, state)
-            weight_step(loss, parameters, optimiser, training.optimiser.rate(progress), training.optimiser.clip)
+            loss, gradients, metrics = gradients_of(objective, model, batch, state, parameters)
+            rate, clip = training.optimiser.rate(progress), training.optimiser.clip
+            gradient_step(gradients, parameters, optimiser, rate, clip)
             if average is not None:
                 average.update_parameters(model)
-            for name, value in {"loss": loss.detach(), **metrics}.items():
+            for name, value in {"loss": loss, **metrics}.items():
                 sums[name] = sums.get(name, 0) + value
             tick((epoch + (step + 1) / steps) / training.epochs)
         record: Record = {"epoch": epoch, **{name: float(value) / steps for name, value in sums.items()}}
@@ -150,6 +161,8 @@ def train(
             }
             if average is not None:
                 tree["average"] = dict(average.state_dict())
+            if isinstance(objective, Remembers):
+                tree["objective"] = dict(objective.tree())
             write_tree(tree, checkpoint)
     model.load_state_dict(best_state)
     return records
