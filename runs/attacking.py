@@ -48,7 +48,7 @@ class Request:
     data: str | None
     weights: Path | None
     draws: int
-    seed: int
+    seed: int | None
     out: Path | None
 
     def __post_init__(self) -> None:
@@ -109,11 +109,15 @@ def _of_a_run(request: Request, tick: Tick) -> tuple[dict[str, Any], Path]:
                 if other != request.model and (model_folder(context.run, other) / "model.json").is_file():
                     others[other] = load_model(model_folder(context.run, other), context.device)[1]
         name = f"suite-{request.suite}" if request.suite is not None else request.attack
-        amount = [f"samples={request.samples}"] if request.samples is not None else []
+        chosen = {"samples": request.samples, "seed": request.seed}
+        amount = [f"{key}={value}" for key, value in chosen.items() if value is not None]
         starts = request.starts if request.suite is None and request.attack != "recipe" else None
         label = label_of(name, [*request.settings, *overrides, *amount], starts, request.model)
         folder = request.out or context.run.folder(f"attack-{label}")
-        bench = _sampled(bench_of(context), request)
+        bench = bench_of(context)
+        if request.seed is not None:
+            bench = dataclasses.replace(bench, seed=request.seed)
+        bench = _sampled(bench, request)
         title = f"{recipe.general.name}: {request.model}"
         return _judged(request, bench, network, trials, left_out, others, context.data.classes, folder, title)
 
@@ -130,7 +134,7 @@ def _outside(request: Request, tick: Tick) -> tuple[dict[str, Any], Path]:
     if request.draws > 1:
         network = Expectation(network, request.draws).eval()
     data = data_from(request.data).to(device)
-    bench = Bench(data.x_test.float() / 255, data.y_test, threat_model, request.seed, tick=tick)
+    bench = Bench(data.x_test.float() / 255, data.y_test, threat_model, request.seed or 0, tick=tick)
     title = Path(request.target).name
     folder = request.out or default_path("attack-" + "".join(c if c.isalnum() else "_" for c in title))
     return _judged(request, _sampled(bench, request), network, trials, left_out, {}, data.classes, folder, title)

@@ -103,7 +103,9 @@ def attack(
     draws: Annotated[
         int, typer.Option(min=1, help="Of a random network from outside: passes whose mean is judged.")
     ] = 1,
-    seed: Annotated[int, typer.Option(help="Of a network from outside.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the attacks; that of the run, or 0, unless given.")
+    ] = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:

@@ -186,6 +186,14 @@ def test_attack(run_copy: Path) -> None:
     wider = nas("attack", run_copy, *options, "--epsilon", "0.5", "--json").json()
     assert wider["digest"] == models["plain"]["digest"] and "0.5" in wider["attack_settings"]["fgsm"]
     assert wider["attacks"]["fgsm"] < models["plain"]["attacks"]["fgsm"]
+    # That of the run by its number, and another one.
+    same, other = (nas("attack", run_copy, "--seed", seed, "--json").json() for seed in (found["seed"], 7))
+    assert same == found and other["seed"] == 7
+    assert {key: other[key] for key in ("digest", "n", "natural")} == {
+        key: found[key] for key in ("digest", "n", "natural")
+    }
+    pages = [next(run_copy.glob(f"attack-*seed_{seed}/report.html")) for seed in (found["seed"], 7)]
+    assert pages[0].read_text() != pages[1].read_text(), "other adversarial images"
 
 
 def test_attacks_with_other_settings_do_not_answer_for_each_other(run_copy: Path) -> None:
