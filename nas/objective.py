@@ -9,12 +9,14 @@ batches seen several times (``Replays``), other images to train on (``TrainsOn``
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+from nas.errors import InputError
 
 if TYPE_CHECKING:
     from nas.data.image_data import ImageData
@@ -144,11 +146,35 @@ class TrainsOn(Protocol):
     def training_images(self) -> tuple[Tensor, Tensor]: ...
 
 
+def kept_by(objective: object, contract: Any) -> Any:
+    """The one of ``objective`` and those that it wraps (field ``objective``) that keeps a contract; None: none does."""
+    while objective is not None and not isinstance(objective, contract):
+        objective = getattr(objective, "objective", None)
+    return objective
+
+
+def prepared(objective: Objective, setting: Setting) -> Objective:
+    """``objective``, prepared where it has to be; what wraps it then wraps what was prepared."""
+    if isinstance(objective, Prepares):
+        return objective.prepare(setting)
+    inner = getattr(objective, "objective", None)
+    if inner is None:
+        return objective
+    ready: Objective = replace(objective, objective=prepared(inner, setting))  # type: ignore[type-var]
+    return ready
+
+
 def gradients_of(
     objective: Objective, model: nn.Module, batch: Batch, state: State, parameters: Sequence[nn.Parameter]
 ) -> tuple[Tensor, list[Tensor | None], Metrics]:
     """Loss (detached), gradients of the weights and metrics of any objective on a batch."""
     if isinstance(objective, Gradients):
         return objective.gradients(model, batch, state, parameters)
+    own = kept_by(objective, Gradients)
+    if own is not None:
+        raise InputError(
+            f"{type(own).__name__} has gradients of its own and cannot be wrapped by {type(objective).__name__}: leave "
+            "one of them out"
+        )
     loss, metrics = objective(model, batch, state)
     return loss.detach(), [*torch.autograd.grad(loss, [*parameters], allow_unused=True)], metrics

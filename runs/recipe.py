@@ -284,12 +284,14 @@ def method_from(
     """The training method a table names, given its attack if it takes one."""
     entries = dict(mapping(table, where))
     cls = plugins.load("training", _name(entries, where))
-    given = {}
+    given: dict[str, Any] = {}
     if "attack" in {f.name for f in dataclasses.fields(cls)}:
         defaults = dict(attack_defaults or {})
         if hasattr(cls, "inner_loss"):
             defaults["loss"] = cls.inner_loss
         given["attack"] = attack_from(attack_table, attack_where, threat_model, defaults)
+    if "threat_model" in {f.name for f in dataclasses.fields(cls)}:
+        given["threat_model"] = threat_model
     objective: Objective = construct(cls, entries, where, ("name",), **given)
     return objective
 
