@@ -128,7 +128,7 @@ def test_the_gradient_of_grad_align_is_that_of_its_definition(network):
 
     def value():
         angle = F.cosine_similarity(held.flatten(1), input_gradient(nearby).flatten(1), 1)
-        return float(F.cross_entropy(model(x_adv), batch.y)) + 3.0 * float(1 - angle.mean())
+        return F.cross_entropy(model(x_adv), batch.y).item() + 3.0 * (1 - angle.mean()).item()
 
     assert float(loss) == pytest.approx(value(), rel=1e-10)
     generator = torch.Generator().manual_seed(1)
