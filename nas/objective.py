@@ -3,7 +3,8 @@
 A training method is no more than an ``Objective`` where it can be. What some need beyond that are contracts of their
 own, each a method or two that the training loop looks for: gradients that are not those of one loss (``Gradients``),
 something prepared before training (``Prepares``), a state that training goes on with after a crash (``Remembers``),
-batches seen several times (``Replays``), other images to train on (``TrainsOn``).
+batches seen several times (``Replays``), other images to train on (``TrainsOn``), networks that predict as an ensemble
+(``Predicts``).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from nas.errors import InputError
 if TYPE_CHECKING:
     from nas.data.image_data import ImageData
     from nas.data.split import Split
+    from nas.prediction import Prediction
 
 Metrics = dict[str, Tensor]
 """Names to detached scalars; reduced to floats once per epoch, so that no step waits for the device."""
@@ -162,6 +164,24 @@ def prepared(objective: Objective, setting: Setting) -> Objective:
         return objective
     ready: Objective = replace(objective, objective=prepared(inner, setting))  # type: ignore[type-var]
     return ready
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """A training method whose networks do not predict by one pass: ``prediction`` says how, None by one pass.
+
+    It becomes part of the description of the trained network, which then is validated, attacked and judged in that
+    form; the method itself is called with the ensemble, in train mode.
+    """
+
+    @property
+    def prediction(self) -> Prediction | None: ...
+
+
+def prediction_of(method: object) -> Prediction | None:
+    """How networks trained by ``method`` predict."""
+    known = kept_by(method, Predicts)
+    return None if known is None else known.prediction
 
 
 def gradients_of(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nas.objective import Batch, Metrics, Objective, State
+from nas.prediction import networks_in
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,13 @@ class WithAuxiliary:
             if torch.is_grad_enabled():
                 losses.append(F.cross_entropy(logits, batch.y))
 
-        head = model.get_submodule("auxiliary")
-        handle = head.register_forward_hook(collect)
+        heads = [network.get_submodule("auxiliary") for network in networks_in(model).values()]
+        handles = [head.register_forward_hook(collect) for head in heads]
         try:
             loss, metrics = self.objective(model, batch, state)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         if not losses:
             raise RuntimeError("the objective made no pass in train mode that reached the auxiliary head")
         auxiliary = torch.stack(losses).mean()

@@ -31,6 +31,7 @@ from nas.objective import (
     prepared,
 )
 from nas.optimisation import Sgd, gradient_step, optimiser_tree, restore_optimiser
+from nas.prediction import begin
 from nas.randomness import generator
 from nas.tensor_file import read_tree, write_tree
 
@@ -187,6 +188,7 @@ def validate(
     device = data.x_train.device
     randomness = generator(seed, "validation", device=device)
     natural = robust = torch.zeros((), device=device)
+    begin(model)
     with evaluating(model):
         for batch in batches(data.x_train, data.y_train, indices.to(device), batch_size=max(batch_size, 256)):
             x_adv = attack(model, batch.x, batch.y, generator=randomness)
