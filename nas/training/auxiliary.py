@@ -30,7 +30,8 @@ class WithAuxiliary:
         def collect(module: nn.Module, inputs: object, logits: Tensor) -> None:
             del module, inputs
             if torch.is_grad_enabled():
-                losses.append(F.cross_entropy(logits, batch.y))
+                labels = batch.y.repeat(len(logits) // len(batch.y))  # clean and adversarial images in one pass
+                losses.append(F.cross_entropy(logits, labels))
 
         head = model.get_submodule("auxiliary")
         handle = head.register_forward_hook(collect)

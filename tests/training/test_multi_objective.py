@@ -71,7 +71,7 @@ def test_the_step_is_the_shortest_combination_of_the_scaled_gradients(network):
         if "l2" in normalisation or "+" in normalisation:
             scales = [scale / float(g.norm()) for scale, g in zip(scales, gradients, strict=True)]
         if "loss" in normalisation:
-            scales = [scale / float(loss) for scale, loss in zip(scales, losses, strict=True)]
+            scales = [scale / float(loss.detach()) for scale, loss in zip(scales, losses, strict=True)]
         u_n, u_a = (scale * g for scale, g in zip(scales, gradients, strict=True))
         best = float(grid[((1 - grid) * u_n + grid * u_a).norm(dim=1).argmin()])
         wanted = best * scales[1] / (best * scales[1] + (1 - best) * scales[0])
