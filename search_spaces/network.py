@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from search_spaces import operations
 from search_spaces.genotype import Cell, Genotype
 from search_spaces.layers import Normalise
-from search_spaces.native.cells import Part, Wiring, concatenate, hooked, run, suits
+from search_spaces.native.cells import Part, Wiring, concatenate, hooked, in_pieces, run, suits
 from search_spaces.native.functions import batch_last
 from search_spaces.operations import FactorisedReduce, ReluConvBn, part_of
 
@@ -137,6 +137,13 @@ class CellNetwork(nn.Module):
         self.classifier = nn.Linear(in_channels[1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            pieces = in_pieces(self, x, self.stem.pixels)
+            if len(pieces) > 1:
+                return torch.cat([self._pass(piece) for piece in pieces])
+        return self._pass(x)
+
+    def _pass(self, x: Tensor) -> Tensor:
         previous = current = self.stem(self.normalise(x))
         for index, cell in enumerate(self.cells):
             previous, current = current, cell(previous, current)
@@ -170,6 +177,7 @@ class Stem(nn.Sequential):
             nn.BatchNorm2d(channels),
         ]
         super().__init__(*layers)
+        self.pixels = -(-height // 2**halvings) * -(-width // 2**halvings)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] to [N, channels, H', W'], in memory as the cells want it."""

@@ -19,6 +19,10 @@ from search_spaces.native.program import DEPTHWISE, HALVES, POINTWISE, Convoluti
 LANES = 16
 """Batches are filled up to a multiple of this where images do not depend on one another."""
 
+FAST_PIXELS = 10240
+"""Pixels of a map, all images together, up to which rows stay in a core's cache: 2.4 times the speed at 32x32 pixels of
+what a batch of 250 has."""
+
 Mixer = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -60,6 +64,10 @@ class Parts:
     def watched(self) -> bool:
         """Whether a hook wants to see one of the modules at work."""
         return _watched(self.modules)
+
+    def batch_counts(self) -> bool:
+        """Whether something inside is in train mode or has no running statistics: images then may depend on others."""
+        return any(m.training or m._buffers.get("running_mean", ...) is None for m in self.modules)
 
     def tensors(self) -> list[Tensor]:
         """The parameters of all parts, as they are now."""
@@ -247,6 +255,22 @@ def suits(x: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and library() is not None
     )
+
+
+def in_pieces(network: nn.Module, x: Tensor, pixels: int) -> Sequence[Tensor]:
+    """``x`` [N, C, H, W] in batches of the best size for the kernels, where ``network`` treats each image alone.
+
+    pixels: of the largest map. Otherwise, or where somebody watches a module at work, ``x`` as it is.
+    """
+    size = max(LANES, FAST_PIXELS // pixels // LANES * LANES)
+    if len(x) <= size or not suits(x):
+        return [x]
+    inside = network.__dict__.get("_inside")
+    if inside is None or not inside.stand():
+        inside = network.__dict__["_inside"] = Parts(network, None)
+    if inside.batch_counts() or inside.watched():
+        return [x]
+    return x.split(-(-len(x) // -(-len(x) // size)))
 
 
 def hooked(*modules: nn.Module) -> bool:

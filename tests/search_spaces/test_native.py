@@ -274,6 +274,26 @@ def test_batch_statistics_of_a_batch_that_is_not_a_multiple_of_four(by_torch):
     _agree([ours[0], *ours[1]], [theirs[0], *theirs[1]])
 
 
+@pytest.mark.parametrize("state", ["eval", "batch statistics", "hook on a cell", "train mode"])
+def test_large_batches_go_through_in_pieces_where_images_stand_alone(state, by_torch, calls, monkeypatch):
+    monkeypatch.setattr("search_spaces.native.cells.FAST_PIXELS", 16 * 8 * 8)
+    network = _network(load_genotype("arnas")).train(state == "train mode")
+    if state == "batch statistics":
+        for module in network.cells[1].modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.training = True
+    seen = []
+    if state == "hook on a cell":
+        network.cells[0].register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    x = torch.rand(44, 2, 8, 8, dtype=torch.float64, requires_grad=True)
+    ours = _evaluate(network, [x], [])
+    theirs = by_torch(lambda: _evaluate(network, [x], []))
+    assert ours[0].shape == (44, 4)
+    _agree([ours[0], *ours[1]], [theirs[0], *theirs[1]])
+    assert len(calls) == len(network.cells) * (3 if state == "eval" else 1)
+    assert set(seen) <= {44}
+
+
 def test_copies_of_a_network_outlive_the_original(by_torch):
     """What was prepared for a shape belongs to each copy."""
     network = _network(load_genotype("arnas")).eval()
