@@ -34,6 +34,7 @@ from nas.search.memory_budget import DryRun, fit
 from nas.search.random_cells import random_cells
 from nas.tensor_file import write_text
 from nas.training.auxiliary import WithAuxiliary
+from nas.training.cost_sensitive import class_table
 from nas.training.loop import Training, train
 from nas.training.pgd_at import PgdAt
 from nas.training.standard import Standard
@@ -342,7 +343,9 @@ def evaluate_into(
     context: Context, model: nn.Module, trials: Mapping[str, Any], folder: Path, **more: Any
 ) -> dict[str, Any]:
     """Judge ``model`` on the whole test set and keep the masks in ``folder``. more: of ``judging.judge``."""
-    return judge(bench_of(context), model, trials, folder, **more)
+    result = judge(bench_of(context), model, trials, folder, **more)
+    result["per_class"] = class_table(result["per_class"], context.data.classes, context.recipe.train.objective)
+    return result
 
 
 def bench_of(context: Context) -> Bench:

@@ -31,7 +31,8 @@ class WithAuxiliary:
         def collect(module: nn.Module, inputs: object, logits: Tensor) -> None:
             del module, inputs
             if torch.is_grad_enabled():
-                losses.append(F.cross_entropy(logits, batch.y))
+                labels = batch.y.repeat(len(logits) // len(batch.y))  # clean and adversarial images in one pass
+                losses.append(F.cross_entropy(logits, labels))
 
         heads = [network.get_submodule("auxiliary") for network in networks_in(model).values()]
         handles = [head.register_forward_hook(collect) for head in heads]
