@@ -15,6 +15,9 @@ from nas.defences.particles import mean_prediction
 from nas.errors import InputError
 from nas.randomness import generator
 
+ROWS = 512
+"""Images that an ensemble passes together, at most, unless it is asked about more."""
+
 
 class Noise(Protocol):
     """``noise.within(model, generator)``: a context in which the passes of ``model`` are noisy."""
@@ -105,7 +108,17 @@ class NoiseEnsemble(nn.Module):
         stream = generator(self.seed, "noise ensemble", self.stretch, self.calls, device=x.device)
         self.calls += 1
         with self.noise.within(self.network, stream):
-            return mean_prediction(torch.stack([self.network(x).log_softmax(1) for _ in range(self.draws)]))
+            return mean_prediction(torch.cat([self._drawn(x, number) for number in self._together(len(x))]))
+
+    def _drawn(self, x: Tensor, number: int) -> Tensor:
+        """Logarithms of the probabilities under ``number`` draws: [number, N, K]."""
+        together: Tensor = self.network(x.repeat(number, 1, 1, 1))
+        return together.log_softmax(1).unflatten(0, (number, len(x)))
+
+    def _together(self, images: int) -> list[int]:
+        """The draws, shared out among passes of about ``ROWS`` images: small passes cost more by the image."""
+        most = max(1, ROWS // max(images, 1))
+        return [min(most, self.draws - done) for done in range(0, self.draws, most)]
 
 
 @contextmanager

@@ -170,7 +170,8 @@ def test_exports_that_hold_an_ensemble_are_reloaded_alike_and_source_is_refused(
     model = _built(spec)
     model(_images())  # used before
     with pytest.raises(InputError, match="safetensors"):
-        export_model(spec, model, tmp_path, ("py",))
+        export_model(spec, model, tmp_path, ("json", "py"))
+    assert not [*tmp_path.iterdir()]
     export_model(spec, model, tmp_path, ("json", "safetensors"))
     files = {file.file: file.difference for file in check_exports(tmp_path, spec, model, _images())}
     assert files["model.safetensors"] == 0

@@ -7,39 +7,54 @@ from pathlib import Path
 import pytest
 from tiny_runs import nas, settings, small_recipe
 
-METHOD = settings("train.method={name='self_ensemble', draws=3}", "search.stages.1.until=2", "train.epochs=2")
+from search_spaces.genotype import StageGenotype, write_genotype
+
+METHODS = {
+    "noise": ("{name='self_ensemble', draws=3}", "mean of 3 draws of noise 0.2 before the first convolution"),
+    "particles": ("{name='information_gain', particles=2}", "mean of 2 particles"),
+}
 
 
-@pytest.fixture(scope="module")
-def ensemble_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole run, from a recipe whose training method predicts by a mean over noise."""
-    folder = tmp_path_factory.mktemp("ensemble")
-    outcome = nas("run", small_recipe(folder), "--out", folder / "run", *METHOD)
-    assert outcome.status == 0, outcome.err
-    return folder / "run"
+@pytest.fixture(scope="module", params=METHODS)
+def ensemble_run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[Path, str]:
+    """A plain network trained and compressed by a method that predicts by an ensemble, and what it says of that."""
+    folder = tmp_path_factory.mktemp(request.param)
+    write_genotype(StageGenotype("plain", (2,), (4,)), folder / "genotype.json")
+    method, description = METHODS[request.param]
+    changes = settings(f"train.method={method}", "train.epochs=2")
+    for command in (
+        ("train", small_recipe(folder), "--genotype", folder / "genotype.json", "--out", folder / "run", *changes),
+        ("compress", folder / "run", "--set", "keep=0.5", "--epochs", 1, "--out", folder / "run" / "smaller"),
+    ):
+        outcome = nas(*command)
+        assert outcome.status == 0, outcome.err
+    return folder / "run", description
 
 
-def test_every_network_of_the_run_predicts_as_it_was_trained(ensemble_run: Path) -> None:
-    wanted = {"kind": "layer noise", "first": 0.2, "inner": 0.1, "draws": 3, "seed": 0}
-    for folder in ("train/searched", "compress", "export"):
-        assert json.loads((ensemble_run / folder / "model.json").read_text())["prediction"] == wanted
-    assert not (ensemble_run / "export" / "network.py").exists()
-    results = json.loads((ensemble_run / "results.json").read_text())
-    for model in results["models"]:
-        assert model["prediction"].startswith("mean of 3 draws of noise 0.2 before the first convolution")
-        (check,) = [check for check in model["checks"] if check["name"] == "deterministic model"]
-        assert "mean over the randomness" in check["detail"]
+def test_every_network_of_the_run_predicts_as_it_was_trained(ensemble_run: tuple[Path, str]) -> None:
+    run, description = ensemble_run
+    kinds = [
+        json.loads((run / folder / "model.json").read_text()) for folder in ("train/searched", "smaller", "export")
+    ]
+    assert kinds[0]["prediction"] == kinds[1]["prediction"] == kinds[2]["prediction"] is not None
+    assert len(kinds[1]["plans"]) == 1
+    assert not (run / "export" / "network.py").exists()
+    for file in ("train/searched/result.json", "smaller/result.json"):
+        assert json.loads((run / file).read_text())["prediction"].startswith(description)
 
 
-def test_it_is_attacked_by_its_own_draws_or_by_more(ensemble_run: Path, tmp_path: Path) -> None:
-    run = shutil.copytree(ensemble_run, tmp_path / "run")
+def test_it_is_attacked_as_it_predicts(ensemble_run: tuple[Path, str], tmp_path: Path) -> None:
+    run, description = ensemble_run
+    run = shutil.copytree(run, tmp_path / "run")
     common = ("attack", run, "--attack", "pgd", "--set", "steps=2", "--samples", 24, "--json")
-    results = [nas(*common, *more).json() for more in ([], ["--draws", 40], ["--draws", 40])]
-    assert results[1]["attacks"] == results[2]["attacks"]
-    assert all("mean over the randomness" in result["checks"][0]["detail"] for result in results)
+    result = nas(*common).json()
+    (check,) = [check for check in result["checks"] if check["name"] == "deterministic model"]
+    if "particles" in description:
+        assert check["detail"] == "two passes give the same logits"
+        assert "does not" in nas(*common, "--draws", 4).refusal
+    else:
+        assert "mean over the randomness" in check["detail"]
+        more = [nas(*common, "--draws", 40).json() for _ in range(2)]
+        assert more[0]["attacks"] == more[1]["attacks"]
     assert "--to json,safetensors" in nas("export", run).refusal
     assert nas("export", run, "--to", "safetensors", "--json").json()[0]["difference"] == 0
-
-
-def test_draws_are_refused_for_a_network_that_predicts_alone(run_copy: Path) -> None:
-    assert "does not" in nas("attack", run_copy, "--attack", "fgsm", "--draws", 4).refusal
