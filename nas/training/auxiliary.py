@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nas.objective import Batch, Metrics, Objective, State
+from nas.objective import Batch, Metrics, Objective, Prepares, Setting, State
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,12 @@ class WithAuxiliary:
 
     objective: Objective
     weight: float
+
+    def prepare(self, setting: Setting) -> WithAuxiliary:
+        """The same around the objective once that is prepared."""
+        if not isinstance(self.objective, Prepares):
+            return self
+        return replace(self, objective=self.objective.prepare(setting))
 
     def __call__(self, model: nn.Module, batch: Batch, state: State) -> tuple[Tensor, Metrics]:
         """The objective's loss with the auxiliary term added, and its value among the metrics."""
