@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
@@ -69,6 +70,13 @@ def _without_recording(norms: Sequence[_BatchNorm]) -> Iterator[None]:
     finally:
         for module, tracked in zip(norms, tracking, strict=True):
             module.track_running_stats = tracked
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Passes within it can be differentiated twice: the fused kernels of attention have no second derivative."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 @contextmanager

@@ -281,14 +281,26 @@ def method_from(
     threat_model: ThreatModel,
     attack_defaults: Mapping[str, str] | None = None,
 ) -> Objective:
-    """The training method a table names, given its attack if it takes one."""
+    """The training method a table names, given its attack if it takes one.
+
+    A method that declares an ``inner_attack`` trains on that one and no other; any other method on the attack named, or
+    PGD where none is.
+    """
     entries = dict(mapping(table, where))
-    cls = plugins.load("training", _name(entries, where))
+    name = _name(entries, where)
+    cls = plugins.load("training", name)
     given: dict[str, Any] = {}
     if "attack" in {f.name for f in dataclasses.fields(cls)}:
         defaults = dict(attack_defaults or {})
         if hasattr(cls, "inner_loss"):
             defaults["loss"] = cls.inner_loss
+        own = getattr(cls, "inner_attack", "")
+        attack_table = mapping(attack_table, attack_where) or {"name": own or "pgd"}
+        if own and attack_table.get("name", own) != own:
+            raise InputError(
+                f"{where}: '{name}' trains on the attack '{own}', but {attack_where}.name is "
+                f"'{attack_table['name']}': write '{own}' there, or choose the method 'pgd_at'"
+            )
         given["attack"] = attack_from(attack_table, attack_where, threat_model, defaults)
     if "threat_model" in {f.name for f in dataclasses.fields(cls)}:
         given["threat_model"] = threat_model
@@ -350,11 +362,14 @@ def _search(table: object, threat_model: ThreatModel) -> SearchPart:
     attack = attack_from(attack_table, "search.attack", threat_model, SEARCH_ATTACK)
     if settings.reuse_perturbations:
         check_can_start(attack, "search.attack")
+    weight_objective = method_from(
+        method_table, "search.method", attack_table, "search.attack", threat_model, SEARCH_ATTACK
+    )
+    if isinstance(weight_objective, Prepares):
+        raise InputError("search.method: this method prepares itself for a found network: choose it as train.method")
     return SearchPart(
         settings=settings,
-        weight_objective=method_from(
-            method_table, "search.method", attack_table, "search.attack", threat_model, SEARCH_ATTACK
-        ),
+        weight_objective=weight_objective,
         attack=attack,
     )
 
@@ -378,7 +393,7 @@ TRAIN_KEYS = ("attack", "method", "validation_attack", "auxiliary_weight", "chan
 
 def _train(table: object, threat_model: ThreatModel) -> TrainPart:
     entries = dict(mapping(table, "train"))
-    attack_table = entries.pop("attack", {"name": "pgd"})
+    attack_table = entries.pop("attack", {})
     method_table = entries.pop("method", {"name": "pgd_at"})
     validation_table = entries.pop("validation_attack", {"name": "pgd", "steps": 10})
     auxiliary_weight = entries.pop("auxiliary_weight", 0.0)

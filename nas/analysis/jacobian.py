@@ -32,20 +32,29 @@ def local_radius(model: nn.Module, x: Tensor, y: Tensor, threat_model: ThreatMod
 def jacobian_norm(model: nn.Module, x: Tensor, *, projections: int, generator: torch.Generator) -> Tensor:
     """Estimates [N] of the Frobenius norm of the Jacobian of the logits with respect to ``x`` [N, C, H, W].
 
-    From ``projections`` random unit vectors v: |J|_F^2 = K E|v'J|^2 (Hoffman et al., arXiv 1908.02729, eq. 7), of which
-    the root is taken at the end; one backward pass each. Fewer projections than classes are orthogonal to each
-    other, K of them give the norm exactly, and further ones are not needed: they are not drawn.
+    The root of ``squared_jacobian_norm``: exact with as many projections as classes.
     """
     with crafting(model), torch.enable_grad():
         point = x.detach().requires_grad_(True)
-        logits = model(point)
-        classes = logits.shape[1]
-        count = min(projections, classes)
-        normal = torch.randn(len(x), classes, count, generator=generator, device=x.device, dtype=x.dtype)
-        directions = torch.linalg.qr(normal).Q
-        total = torch.zeros_like(logits[:, 0])
-        for i in range(count):
-            weighted = (logits * directions[:, :, i]).sum()
-            (gradient,) = torch.autograd.grad(weighted, point, retain_graph=i + 1 < count)
-            total = total + gradient.flatten(1).square().sum(1)
-    return (classes / count * total).sqrt().detach()
+        return squared_jacobian_norm(model(point), point, projections=projections, generator=generator).sqrt().detach()
+
+
+def squared_jacobian_norm(
+    logits: Tensor, x: Tensor, *, projections: int, generator: torch.Generator, create_graph: bool = False
+) -> Tensor:
+    """Unbiased estimates [N] of |J|_F^2, J the Jacobian of ``logits`` [N, K] with respect to the ``x`` they come from.
+
+    From ``projections`` random unit vectors v: |J|_F^2 = K E|v'J|^2 (Hoffman et al., arXiv 1908.02729, eq. 7); one
+    backward pass each. Fewer projections than classes are orthogonal to each other, K of them give the norm
+    exactly, and further ones are not needed: they are not drawn. create_graph: to differentiate the result.
+    """
+    n, classes = logits.shape
+    count = min(projections, classes)
+    normal = torch.randn(n, classes, count, generator=generator, device=x.device, dtype=logits.dtype)
+    directions = torch.linalg.qr(normal).Q
+    total = torch.zeros_like(logits[:, 0])
+    for i in range(count):
+        weighted = (logits * directions[:, :, i]).sum()
+        (gradient,) = torch.autograd.grad(weighted, x, retain_graph=True, create_graph=create_graph)
+        total = total + gradient.flatten(1).square().sum(1)
+    return classes / count * total

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -29,11 +30,29 @@ def check_start(loss: str, random_start: bool) -> None:
 
 
 def clean_logits_for(loss: str, model: nn.Module, x: Tensor) -> Tensor | None:
-    """Logits of the clean images where ``loss`` compares with them."""
+    """Logits of the clean images where ``loss`` compares with them: the model's own, or see ``compared_with``."""
     if loss not in NEEDS_CLEAN_LOGITS:
         return None
     with torch.no_grad():
-        return model(x)
+        logits: Tensor = vars(model).get(_REFERENCE, model)(x)
+        return logits
+
+
+@contextmanager
+def compared_with(model: nn.Module, reference: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within it, attacks on ``model`` whose loss compares with the clean images compare with ``reference(x)`` there.
+
+    reference: images [N, C, H, W] -> logits [N, K], such as another network.
+    """
+    # A function: copies of the network that are made meanwhile share it, and it is no module of the network.
+    object.__setattr__(model, _REFERENCE, lambda x: reference(x))
+    try:
+        yield
+    finally:
+        object.__delattr__(model, _REFERENCE)
+
+
+_REFERENCE = "_answers_on_clean_images"
 
 
 def input_gradient(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nas.attacks.gradient import check_loss, check_start, clean_logits_for, objective_gradient, per_image
 from nas.attacks.losses import LOSSES
 from nas.errors import InputError
-from nas.model_state import crafting
+from nas.model_state import crafting, twice_differentiable
 from nas.threat_model import ThreatModel
 
 BISECTIONS = 100
@@ -134,7 +134,7 @@ def second_order(
 
         return objective_gradient(objective, x)[0], difference
 
-    with torch.enable_grad():
+    with torch.enable_grad(), twice_differentiable():
         point = x.detach().requires_grad_(True)
         (gradient,) = torch.autograd.grad(objective(point).sum(), point, create_graph=True)
 

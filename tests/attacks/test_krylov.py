@@ -229,6 +229,32 @@ def test_fast_convolutions_are_differentiated_twice():
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-3)
 
 
+class _Attention(nn.Module):
+    """Pixels of a row as the tokens of one head."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 1, batch_first=True)
+        self.classifier = nn.Linear(4, 3)
+
+    def forward(self, x):
+        tokens = x.flatten(1, 2)
+        return self.classifier(self.attention(tokens, tokens, tokens, need_weights=False)[0].mean(1))
+
+
+def test_products_go_through_attention():
+    """The fused kernels that attention takes otherwise have no second derivative."""
+    torch.manual_seed(3)
+    model, (x, y) = _Attention().double().eval(), _images()
+    _, product = second_order(_losses(model, y), x)
+    v = torch.randn(len(x), 12, generator=_generator(), dtype=torch.float64)
+    _, differences = second_order(_losses(model, y), x, exact=False, distance=1e-4)
+    torch.testing.assert_close(product(v), differences(v), rtol=1e-4, atol=1e-8)
+    assert float(product(v).abs().amax()) > 1e-4
+    found = Krylov(THREATS[1], 2)(model, x, y, generator=_generator())
+    assert float((found - x).abs().amax()) > 0.01
+
+
 def test_wrong_settings_are_refused():
     for settings in ({"dimensions": 0}, {"steps": 0}, {"step_size": -1.0}, {"loss": "margins"}):
         with pytest.raises(InputError):

@@ -19,7 +19,10 @@ from nas.training.pgd_at import PgdAt
 from nas.training.standard import Standard
 from nas.training.trades import Trades
 
-METHODS = plugins.available("training")
+METHODS = {name: cls for name, cls in plugins.available("training").items() if not hasattr(cls, "prepare")}
+"""Methods that need to be prepared first are tested in files of their own."""
+SETTINGS = {"jsigr": {"adversarial": True}}
+"""Where a method attacks only if it is told to."""
 THREAT = ThreatModel("linf", 0.1)
 
 
@@ -35,7 +38,7 @@ def _attack(cls, threat_model=THREAT):
 def _method(cls, **settings):
     if _takes_attack(cls):
         settings.setdefault("attack", _attack(cls))
-    return cls(**settings)
+    return cls(**SETTINGS.get(cls.__module__.rpartition(".")[2], {}), **settings)
 
 
 def _batch(seed=0, n=12):
