@@ -18,7 +18,18 @@ from nas.data.image_data import ImageData
 from nas.data.split import Split
 from nas.errors import Diverged, InputError
 from nas.model_state import evaluating
-from nas.objective import Attack, Objective, Prepares, Remembers, Replays, Setting, State, TrainsOn, gradients_of
+from nas.objective import (
+    Attack,
+    Objective,
+    Prepares,
+    Remembers,
+    Replays,
+    Setting,
+    StartsFrom,
+    State,
+    TrainsOn,
+    gradients_of,
+)
 from nas.optimisation import Sgd, gradient_step, optimiser_tree, restore_optimiser
 from nas.randomness import generator
 from nas.tensor_file import read_tree, write_tree
@@ -84,6 +95,8 @@ def train(
     if isinstance(objective, Prepares):
         folder = None if checkpoint is None else checkpoint.parent
         objective = objective.prepare(Setting(model, data, split, seed, training.epochs, training.batch_size, folder))
+    if isinstance(objective, StartsFrom):
+        model.load_state_dict(objective.initial_weights())
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = training.optimiser.optimiser(parameters)
     average = (
