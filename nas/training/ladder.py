@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -46,9 +46,10 @@ class Ladder:
     and filters of the decoder. least_kept: training stops where the classifier gets less than this share of its
     accuracy on decoded images. attention; svm_hinge, svm_images, svm_epochs, svm_batch, svm_rate: of the boundaries.
 
-    epsilons: each gives an image of its own, so that an epoch is as many times as long. unit_normal: a(z) * n has
-    length 1. adaptive: epsilon instead grows from the first of ``epsilons`` by 0.1, from 1 on by 1, until the
-    classifier is wrong about the decoded image, at most ``attempts`` times.
+    epsilons: each gives an image of its own, so that an epoch is as many times as long. unit: what epsilon counts, a(z) * n
+    as it is ("normal"), scaled to length 1 ("length"), or so that 1 reaches the boundary, whatever the network, a(z)
+    held fast ("distance"). adaptive: epsilon instead grows from the first of ``epsilons`` by 0.1, from 1 on by 1, until
+    the classifier is wrong about the decoded image, at most ``attempts`` times.
 
     Left in the folder of the training: ladder.json (how good each stage is, how far and how often wrong the images are)
     and a file of each stage. Inferred: w begins at 0, decoder by steps instead of epochs, latents normalised for it.
@@ -69,7 +70,7 @@ class Ladder:
     svm_batch: int = 1
     svm_rate: float = 0.01
     epsilons: tuple[float, ...] = (0.5,)
-    unit_normal: bool = False
+    unit: Literal["normal", "length", "distance"] = "normal"
     adaptive: bool = False
     attempts: int = 10
     mix: float = 0.5
@@ -185,9 +186,7 @@ class Ladder:
         images, crossed, wrong, used = [], [], [], []
         for epsilon in rounds:
             away = torch.randint(1, boundaries.classes, y.shape, generator=randomness).to(y.device)
-            direction = boundaries.towards(z, y, (y + away) % boundaries.classes)
-            if self.unit_normal:
-                direction = F.normalize(direction, dim=1)
+            direction = boundaries.towards(z, y, (y + away) % boundaries.classes, self.unit)
             sizes = torch.full((len(y),), epsilon, device=z.device, dtype=z.dtype)
             decoded = decoder.images(z + sizes.unsqueeze(1) * direction)
             mistaken = ~_right(encode.model, decoded, y)

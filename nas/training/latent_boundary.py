@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -220,15 +220,27 @@ class Boundaries:
         matrix, offset = self.attention
         return (z @ matrix[pair].T + offset[pair]).tanh().softmax(1).exp()
 
-    def towards(self, z: Tensor, source: Tensor, target: Tensor) -> Tensor:
-        """For latents [N, d] of classes ``source`` [N], a(z) * n, n the normal that points to ``target`` [N]: [N, d]."""
+    def towards(
+        self, z: Tensor, source: Tensor, target: Tensor, unit: Literal["normal", "length", "distance"] = "normal"
+    ) -> Tensor:
+        """For latents [N, d] of classes ``source`` [N], a(z) * n, n the normal that points to ``target`` [N]: [N, d].
+
+        unit: as it is, or scaled to length 1, or to where the score is 0 with a(z) as here (nowhere, if it is past).
+        """
         low, high = torch.minimum(source, target), torch.maximum(source, target)
         pairs = low * (2 * self.classes - low - 1) // 2 + high - low - 1
+        side = torch.where(target > source, 1.0, -1.0).to(z)
         direction = torch.empty_like(z)
         for pair in pairs.unique().tolist():
             rows = pairs == pair
-            direction[rows] = self.attended(pair, z[rows]) * self.weight[pair]
-        return torch.where((target > source).unsqueeze(1), direction, -direction)
+            own = side[rows].unsqueeze(1) * self.attended(pair, z[rows]) * self.weight[pair]
+            if unit == "length":
+                own = F.normalize(own, dim=1)
+            elif unit == "distance":
+                left = (-side[rows] * self.score(pair, z[rows])).clamp_min(0)
+                own = own * (left / own.square().sum(1).clamp_min(1e-30)).unsqueeze(1)
+            direction[rows] = own
+        return direction
 
 
 def fit_boundaries(
