@@ -95,10 +95,11 @@ class AdvKip:
         x, y, classes = data.x_train[rows], data.y_train[rows], len(data.classes)
         chosen = self._start(y, classes, setting.seed)
         labels, targets = y[chosen], centred(y[chosen], classes)
-        support = (x[chosen].double() / 255).requires_grad_(True)
+        support = nn.Parameter(x[chosen].double() / 255)
         optimiser = torch.optim.Adam([support], lr=self.learning_rate)
         stage = Stage(setting.folder, "adv_kip", (self, setting.seed, data.digest, rows.tolist()))
-        best, record, done = support.detach().clone(), {"validations": []}, 0
+        best, done = support.detach().clone(), 0
+        record: dict[str, Any] = {"validations": []}
         best_key = (-1.0, -1.0)
         if tree := stage.read():
             support.data.copy_(tree["support"].to(support))
@@ -213,7 +214,7 @@ def write_npz(rounded: Tensor, exact: Tensor, labels: Tensor, data: ImageData, p
         "distilled": exact.float(),
     }
     content = io.BytesIO()
-    np.savez_compressed(content, **{name: tensor.cpu().numpy() for name, tensor in arrays.items()})
+    np.savez_compressed(content, allow_pickle=False, **{name: tensor.cpu().numpy() for name, tensor in arrays.items()})
     write_bytes(content.getvalue(), path)
 
 

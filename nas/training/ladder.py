@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nas.attacks.fgsm import Fgsm
-from nas.data.augmentation import Augmentation
 from nas.errors import Failure, InputError
 from nas.evaluation.robustness import correct
 from nas.model_file import load_weights, weights_digest
@@ -46,10 +45,10 @@ class Ladder:
     and filters of the decoder. least_kept: training stops where the classifier gets less than this share of its
     accuracy on decoded images. attention; svm_hinge, svm_images, svm_epochs, svm_batch, svm_rate: of the boundaries.
 
-    epsilons: each gives an image of its own, so that an epoch is as many times as long. unit: what epsilon counts, a(z) * n
-    as it is ("normal"), scaled to length 1 ("length"), or so that 1 reaches the boundary, whatever the network, a(z)
-    held fast ("distance"). adaptive: epsilon instead grows from the first of ``epsilons`` by 0.1, from 1 on by 1, until
-    the classifier is wrong about the decoded image, at most ``attempts`` times.
+    epsilons: each gives an image of its own, so that an epoch is as many times as long. unit: what epsilon counts, of
+    a(z) * n as it is ("normal"), scaled to length 1 ("length"), or so that 1 reaches the boundary with a(z) held fast,
+    whatever the network ("distance"). adaptive: epsilon instead grows from the first of ``epsilons`` by 0.1, from 1 on
+    by 1, until the classifier is wrong about the decoded image, at most ``attempts`` times.
 
     Left in the folder of the training: ladder.json (how good each stage is, how far and how often wrong the images are)
     and a file of each stage. Inferred: w begins at 0, decoder by steps instead of epochs, latents normalised for it.
@@ -152,9 +151,7 @@ class Ladder:
         )
         return model.eval()
 
-    def _reconstruction(
-        self, model: nn.Module, decoder: Decoder, z: Tensor, x: Tensor, y: Tensor
-    ) -> dict[str, Any]:
+    def _reconstruction(self, model: nn.Module, decoder: Decoder, z: Tensor, x: Tensor, y: Tensor) -> dict[str, Any]:
         decoded = decoder.images(z)
         return {
             "latent_size": z.shape[1],
@@ -198,8 +195,8 @@ class Ladder:
                 decoded[rows] = decoder.images(z[rows] + sizes[rows].unsqueeze(1) * direction[rows])
                 mistaken[rows] = ~_right(encode.model, decoded[rows], y[rows])
             shift = sizes.unsqueeze(1) * direction
-            rows = zip(x.split(512), shift.split(512), strict=True)
-            answers = torch.cat([encode.logits(part, moved).argmax(1) for part, moved in rows])
+            parts = zip(x.split(512), shift.split(512), strict=True)
+            answers = torch.cat([encode.logits(part, moved).argmax(1) for part, moved in parts])
             images.append(decoded)
             crossed.append((answers != y).double().mean().item())
             wrong.append(mistaken.double().mean().item())
@@ -250,8 +247,9 @@ class FineTuning:
 
 
 def _right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    parts = zip(x.split(512), y.split(512), strict=True)  # as floats, all of a data set may be too large
     with evaluating(model):
-        return torch.cat([correct(model, part.float() / 255, own, 512) for part, own in zip(x.split(8192), y.split(8192), strict=True)])
+        return torch.cat([correct(model, images.float() / 255, own, 512) for images, own in parts])
 
 
 def _accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any, Literal
 
 import torch
@@ -141,7 +141,7 @@ class Decoder(nn.Module):
         self.start = (filters[0], -(-self.height >> doublings), -(-self.width >> doublings))
         self.enter = nn.Linear(len(mean), math.prod(self.start))
         layers: list[nn.Module] = [nn.BatchNorm2d(filters[0]), nn.ReLU()]
-        for incoming, outgoing in zip(filters, filters[1:], strict=False):
+        for incoming, outgoing in pairwise(filters):
             layers += [
                 nn.ConvTranspose2d(incoming, outgoing, 2, 2),
                 nn.Conv2d(outgoing, outgoing, 3, padding=1, bias=False),
@@ -278,14 +278,14 @@ def fit_boundaries(
     own = own[:, torch.randperm(count, generator=randomness).to(z.device)]
     used = count - count // 3
 
-    weight = torch.zeros(len(pairs), d, device=z.device, dtype=z.dtype, requires_grad=True)
-    bias = torch.zeros(len(pairs), device=z.device, dtype=z.dtype, requires_grad=True)
+    weight = nn.Parameter(torch.zeros(len(pairs), d, device=z.device, dtype=z.dtype))
+    bias = nn.Parameter(torch.zeros(len(pairs), device=z.device, dtype=z.dtype))
     parameters = [weight, bias]
     if attention:
         span = 1 / math.sqrt(d)
         for shape in ((len(pairs), d, d), (len(pairs), d)):
             drawn = torch.empty(shape, dtype=z.dtype).uniform_(-span, span, generator=randomness)
-            parameters.append(drawn.to(z.device).requires_grad_(True))
+            parameters.append(nn.Parameter(drawn.to(z.device)))
     optimiser = torch.optim.SGD(parameters, lr=learning_rate)
 
     def scores(latents: Tensor) -> Tensor:

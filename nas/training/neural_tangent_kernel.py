@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 from nas.errors import InputError
 
-_LARGEST_COSINE = 1 - 1e-14
-"""Nearer to 1 the angle is nothing but rounding, and its derivative infinite."""
-
 
 @dataclass(frozen=True)
 class ReluKernel:
@@ -41,10 +38,13 @@ class ReluKernel:
         covariance = self.weight_variance / x.shape[1] * (x @ other.T) + self.bias_variance
         own, others = self._variance(x).unsqueeze(1), self._variance(other).unsqueeze(0)
         tangent = covariance
+        # Nearer to 1 an angle is nothing but rounding, and its derivative infinite.
+        precision = torch.finfo(x.dtype)
+        largest = 1 - 50 * precision.eps
         for _ in range(self.depth):
             length = (own * others).sqrt()
             # Vectors of no length have no angle; whatever stands there is multiplied by 0.
-            cosine = (covariance / length.clamp_min(torch.finfo(length.dtype).tiny)).clamp(-_LARGEST_COSINE, _LARGEST_COSINE)
+            cosine = (covariance / length.clamp_min(precision.tiny)).clamp(-largest, largest)
             angle = torch.acos(cosine)
             half = self.weight_variance / 2
             rest = (math.pi - angle) / math.pi

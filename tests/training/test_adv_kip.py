@@ -189,9 +189,7 @@ def test_a_network_is_trained_on_the_distilled_images_alone(data, parts, network
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(
-            resumed, data, parts, method, training, validation_attack=ATTACK, seed=3, checkpoint=checkpoint, log=stop
-        )
+        train(resumed, data, parts, method, training, validation_attack=ATTACK, seed=3, checkpoint=checkpoint, log=stop)
     assert records == train(
         resumed, data, parts, method, training, validation_attack=ATTACK, seed=3, checkpoint=checkpoint
     )

@@ -112,7 +112,7 @@ def test_latents_of_any_network(name):
 
 def test_a_layer_that_cannot_be_used_is_refused(network):
     x = _rand(2, 1, 8, 8, dtype=torch.float32)
-    with pytest.raises(InputError, match="did you mean 'features.1'"):
+    with pytest.raises(InputError, match=r"did you mean 'features\.1'"):
         latent(network(), "featured.1", x)
     unused = network()
     unused.spare = nn.Linear(2, 2)
@@ -387,13 +387,12 @@ def test_training_cut_off_in_any_stage_comes_to_the_same(where, data, parts, net
         raise KeyboardInterrupt
 
     resumed, checkpoint = network(), tmp_path / "checkpoint.safetensors"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        more = {}
-        if where == "fine-tuning":
-            more["log"] = lambda record: stop() if record["epoch"] == 1 else None
-        else:
+    more = {"log": lambda record: stop() if record["epoch"] == 1 else None} if where == "fine-tuning" else {}
+    with monkeypatch.context() as patch:
+        if where != "fine-tuning":
             patch.setattr(ladder_module, where, stop)
-        _train(resumed, data, parts, QUICK, checkpoint=checkpoint, **more)
+        with pytest.raises(KeyboardInterrupt):
+            _train(resumed, data, parts, QUICK, checkpoint=checkpoint, **more)
     assert (tmp_path / "ladder-classifier.safetensors").exists()
     assert _train(resumed, data, parts, QUICK, checkpoint=checkpoint) == records
     assert torch.equal(_weights(whole), _weights(resumed))
@@ -414,7 +413,12 @@ def test_any_network_can_be_trained(name, tmp_path):
     data = ImageData("noise", x[:32], y[:32], x[32:], y[32:], tuple("abcd"))
     parts = split(data.y_train, architecture=0.5, validation=0.25, seed=0)
     method = replace(
-        QUICK, classifier=replace(CLASSIFIER, epochs=1, batch_size=8), decoder_steps=2, svm_epochs=1, svm_images=3, least_kept=0
+        QUICK,
+        classifier=replace(CLASSIFIER, epochs=1, batch_size=8),
+        decoder_steps=2,
+        svm_epochs=1,
+        svm_images=3,
+        least_kept=0,
     )
     for chosen in ("", layer):
         model = _seeded(make)

@@ -1,6 +1,7 @@
 """The tangent kernel against closed forms, Monte Carlo and wide networks; regression with it."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_depth_zero_is_the_linear_kernel():
 
 
 def test_known_angles():
-    """One layer, no biases: parallel vectors give v^2 |x||x'|/D, opposite ones 0, orthogonal ones v^2/(2 pi) |x||x'|/D."""
+    """One layer, no biases, in units of v^2 |x||x'|/D: parallel vectors 1, opposite 0, orthogonal 1/(2 pi)."""
     kernel, x = ReluKernel(1, 2.0, 0.0), torch.tensor([[3.0, 0.0]], dtype=torch.float64)
     for other, wanted in (([6.0, 0.0], 2 * 2 * 18 / 2), ([-6.0, 0.0], 0.0), ([0.0, 6.0], 2 / math.pi * 18 / 2)):
         found = kernel(x, torch.tensor([other], dtype=torch.float64))
@@ -69,7 +70,7 @@ def test_wide_networks_have_this_kernel(depth):
         generator = torch.Generator().manual_seed(draw)
         sizes = [6, *[width] * depth, 1]
         parameters = {}
-        for layer, (incoming, outgoing) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        for layer, (incoming, outgoing) in enumerate(pairwise(sizes)):
             parameters[f"w{layer}"] = torch.randn(outgoing, incoming, generator=generator, dtype=torch.float64)
             parameters[f"b{layer}"] = torch.randn(outgoing, generator=generator, dtype=torch.float64)
 
