@@ -3,8 +3,8 @@
 A training method is no more than an ``Objective`` where it can be. What some need beyond that are contracts of their
 own, each a method or two that the training loop looks for: gradients that are not those of one loss (``Gradients``),
 something prepared before training (``Prepares``), a state that training goes on with after a crash (``Remembers``),
-batches seen several times (``Replays``), other images to train on (``TrainsOn``), networks that predict as an ensemble
-(``Predicts``).
+batches seen several times (``Replays``), other images to train on (``TrainsOn``), other weights to begin with
+(``StartsFrom``), networks that predict as an ensemble (``Predicts``).
 """
 
 from __future__ import annotations
@@ -146,6 +146,13 @@ class TrainsOn(Protocol):
     """
 
     def training_images(self) -> tuple[Tensor, Tensor]: ...
+
+
+@runtime_checkable
+class StartsFrom(Protocol):
+    """A prepared objective that fine-tunes: ``initial_weights() -> state of the model`` with which training begins."""
+
+    def initial_weights(self) -> Mapping[str, Tensor]: ...
 
 
 def kept_by(objective: object, contract: Any) -> Any:

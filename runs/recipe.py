@@ -14,7 +14,7 @@ from typing import Any
 from nas import plugins
 from nas.errors import InputError, nearest
 from nas.evaluation.robustness import Trial
-from nas.objective import Attack, Gradients, Objective, Prepares, Replays, TrainsOn
+from nas.objective import Attack, Gradients, Objective, Prepares
 from nas.search.architecture_gradient import FirstOrder, Unrolled
 from nas.search.bilevel import Search
 from nas.search.perturbation_memory import check_can_start
@@ -401,10 +401,10 @@ def _train(table: object, threat_model: ThreatModel) -> TrainPart:
         raise InputError(f"train.auxiliary_weight must be a number of at least 0, not {auxiliary_weight!r}")
     size = {key: entries.pop(key) for key in ("channels", "cells", "parameters") if key in entries}
     objective = method_from(method_table, "train.method", attack_table, "train.attack", threat_model)
-    if auxiliary_weight and isinstance(objective, Gradients | Prepares | Replays | TrainsOn):
+    if auxiliary_weight and isinstance(objective, Gradients):
         raise InputError(
-            f"train.auxiliary_weight = {auxiliary_weight}: {type(objective).__name__} asks more of the training loop "
-            "than a loss, and an auxiliary head cannot join in: set it to 0"
+            f"train.auxiliary_weight = {auxiliary_weight}: {type(objective).__name__} has gradients of its own, and an "
+            "auxiliary head cannot join in: set it to 0"
         )
     return construct(
         TrainPart,

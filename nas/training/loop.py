@@ -24,6 +24,7 @@ from nas.objective import (
     Remembers,
     Replays,
     Setting,
+    StartsFrom,
     State,
     TrainsOn,
     gradients_of,
@@ -95,7 +96,9 @@ def train(
     device = data.x_train.device
     folder = None if checkpoint is None else checkpoint.parent
     objective = prepared(objective, Setting(model, data, split, seed, training.epochs, training.batch_size, folder))
-    memory = kept_by(objective, Remembers)
+    memory, start = kept_by(objective, Remembers), kept_by(objective, StartsFrom)
+    if start is not None:
+        model.load_state_dict(start.initial_weights())
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = training.optimiser.optimiser(parameters)
     average = (
