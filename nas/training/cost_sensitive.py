@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nas.attacks.pgd import Pgd, maximiser
+from nas.attacks.gradient import maximiser
+from nas.attacks.pgd import Pgd
 from nas.errors import InputError, nearest
 from nas.objective import Attack, Batch, Metrics, Setting, State
 
