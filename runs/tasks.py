@@ -34,7 +34,7 @@ from nas.search.memory_budget import DryRun, fit
 from nas.search.random_cells import random_cells
 from nas.tensor_file import write_text
 from nas.training.auxiliary import WithAuxiliary
-from nas.training.cost_sensitive import class_table
+from nas.training.cost_sensitive import class_table, protected_by
 from nas.training.loop import Training, train
 from nas.training.pgd_at import PgdAt
 from nas.training.standard import Standard
@@ -69,6 +69,7 @@ class Context:
     def data(self) -> ImageData:
         """The data set, on the device."""
         data: ImageData = self.recipe.data.source()
+        protected_by(self.recipe.train.objective, data.classes)  # an unknown class is told before a search, not after
         return data.to(self.device)
 
     @cached_property

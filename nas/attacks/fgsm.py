@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from nas.attacks.gradient import check_loss, check_start, clean_logits_for, input_gradient
+from nas.attacks.gradient import Objective, ascend, check_loss, check_start, clean_logits_for, input_gradient
 from nas.errors import InputError
 from nas.model_state import crafting
 from nas.threat_model import ThreatModel
@@ -56,6 +56,13 @@ class Fgsm:
                 start = threat_model.random_start(x, generator) if self.random_start else x
             gradient, _, _ = input_gradient(model, start, y, self.loss, clean_logits)
         return threat_model.project(start + self.step * threat_model.geometry.steepest(gradient), x)
+
+    def maximise(self, model: nn.Module, objective: Objective, x: Tensor, *, generator: torch.Generator) -> Tensor:
+        """The same step up ``objective`` (images [N, C, H, W] -> [N], by ``model``) instead of the loss."""
+        threat_model = self.threat_model
+        start = threat_model.random_start(x, generator) if self.random_start else x
+        with crafting(model, batch_statistics=self.statistics == "batch"):
+            return ascend(objective, start, x, threat_model, steps=1, step=self.step)
 
     def __str__(self) -> str:
         start = f"-RS, step {self.step:.6g}" if self.random_start else ""

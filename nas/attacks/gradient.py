@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +90,24 @@ def input_jacobian(model: nn.Module, x: Tensor, classes: Tensor | None = None) -
 
 Objective = Callable[[Tensor], Tensor]
 """Images [N, C, H, W] -> what an attack maximises [N], differentiable."""
+
+
+@runtime_checkable
+class Maximiser(Protocol):
+    """An attack that can climb an objective instead of its loss, for methods that maximise what they minimise.
+
+    ``maximise(model, objective, x, generator=g) -> x_adv``, under the conditions of ``nas.objective.Attack``; the
+    objective is called inside ``model_state.crafting``.
+    """
+
+    def maximise(self, model: nn.Module, objective: Objective, x: Tensor, *, generator: torch.Generator) -> Tensor: ...
+
+
+def maximiser(attack: object, what: str) -> Maximiser:
+    """``attack``, where it can maximise ``what``; ``InputError`` otherwise."""
+    if not isinstance(attack, Maximiser):
+        raise InputError(f"attack '{type(attack).__name__}' cannot maximise {what}: give one of name 'pgd' or 'fgsm'")
+    return attack
 
 
 def objective_gradient(objective: Objective, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,6 @@ from nas.attacks.gradient import (
 from nas.attacks.losses import LOSSES, right
 from nas.errors import InputError
 from nas.model_state import crafting
-from nas.objective import Attack
 from nas.threat_model import ThreatModel
 
 
@@ -80,7 +79,7 @@ class Pgd:
     def maximise(self, model: nn.Module, objective: Objective, x: Tensor, *, generator: torch.Generator) -> Tensor:
         """Images found by the same steps up ``objective`` (images [N, C, H, W] -> [N], by ``model``), not the loss.
 
-        For training methods that maximise what they minimise. ``stop_when_broken`` has no meaning here.
+        ``stop_when_broken`` has no meaning here: there is no loss that tells when.
         """
         with crafting(model, batch_statistics=self.statistics == "batch"):
             return self._ascend(objective, self._start(x, generator), x)
@@ -132,16 +131,6 @@ class Pgd:
         start = "random start" if self.random_start else "no random start"
         kept = f"{self.keep} iterate" + (", stops when broken" if self.stop_when_broken else "")
         return f"PGD-{self.steps}, {self.threat_model}, step {self.step:.6g}, {self.loss}, {start}, {kept}"
-
-
-def maximiser(attack: Attack, what: str) -> Pgd:
-    """``attack`` as one that can maximise ``what``, the objective of a training method; ``InputError`` if it cannot."""
-    if not isinstance(attack, Pgd) or attack.stop_when_broken:
-        raise InputError(
-            f"{what} is maximised by projected gradient descent to the end: give an attack with name 'pgd' "
-            "and without stop_when_broken"
-        )
-    return attack
 
 
 PLUGIN = Pgd

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nas.attacks.pgd import Pgd, maximiser
+from nas.attacks.gradient import maximiser
+from nas.attacks.pgd import Pgd
 from nas.errors import InputError, nearest
 from nas.objective import Attack, Batch, Metrics, Setting, State
 
@@ -100,9 +101,7 @@ class CostSensitive:
     def prepare(self, setting: Setting) -> CostSensitive:
         """The same with protected classes as numbers, checked against data and network."""
         classes = setting.data.classes
-        if self.costs and len(self.costs) != len(classes):
-            raise InputError(f"costs has {len(self.costs)} rows for the {len(classes)} classes of the data")
-        numbers = () if self.costs else class_numbers(self.protected, classes)
+        numbers = self.numbers(classes)
         present = set(setting.data.y_train[setting.split.training.to(setting.data.y_train.device)].tolist())
         for number in numbers:
             if number not in present:
@@ -110,6 +109,12 @@ class CostSensitive:
         if self.sparse:
             self._convolutions(setting.model)
         return self if self.costs else dataclasses.replace(self, protected=numbers)
+
+    def numbers(self, classes: Sequence[str]) -> tuple[int, ...]:
+        """The protected classes. Raises ``InputError`` where the data has no such classes, or not as many as costs."""
+        if self.costs and len(self.costs) != len(classes):
+            raise InputError(f"costs has {len(self.costs)} rows for the {len(classes)} classes of the data")
+        return () if self.costs else class_numbers(self.protected, classes)
 
     def __call__(self, model: nn.Module, batch: Batch, state: State) -> tuple[Tensor, Metrics]:
         """The mean loss of the images of this step, and the Min-Max term."""
@@ -174,11 +179,18 @@ class CostSensitive:
         return [found[name] for name in self.layers or [*found][: len(self.min_max)]]
 
 
+def protected_by(objective: object, classes: Sequence[str]) -> tuple[int, ...]:
+    """The classes that a training method protects. Raises ``InputError`` where the data has no such classes."""
+    while not isinstance(objective, CostSensitive):
+        if not hasattr(objective, "objective"):
+            return ()
+        objective = objective.objective
+    return objective.numbers(classes)
+
+
 def class_table(rows: Sequence[Mapping[str, Any]], classes: Sequence[str], objective: object) -> list[dict[str, Any]]:
     """Accuracies by class, as ``nas.evaluation.robustness`` gives them, with names and which ``objective`` protects."""
-    while not isinstance(objective, CostSensitive) and hasattr(objective, "objective"):
-        objective = objective.objective
-    protected = class_numbers(objective.protected, classes) if isinstance(objective, CostSensitive) else ()
+    protected = protected_by(objective, classes)
     return [{**row, "name": classes[row["class"]], "protected": row["class"] in protected} for row in rows]
 
 

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nas.attacks.gradient import maximiser
 from nas.attacks.losses import right
-from nas.attacks.pgd import Pgd, maximiser
+from nas.attacks.pgd import Pgd
 from nas.errors import InputError, nearest
 from nas.model_state import crafting
 from nas.objective import Attack, Batch, Metrics, State

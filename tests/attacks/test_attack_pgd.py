@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from nas.attacks.fgsm import Fgsm
@@ -264,3 +265,23 @@ def test_a_step_size_of_fgsm_is_checked_and_used():
     assert float((found - x).abs().max()) == pytest.approx(0.03, abs=1e-6)
     with pytest.raises(InputError, match="step_size"):
         Fgsm(step_size=-1.0)
+
+
+@pytest.mark.parametrize("attack", [Pgd(ThreatModel("linf", 0.1), steps=5), Fgsm(ThreatModel("linf", 0.1))])
+def test_an_objective_of_the_caller_is_climbed_like_the_loss(attack):
+    """The same images where the objective is the loss; the steepest corner of a linear one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).double()
+    x, y = 0.5 + 0 * torch.rand(4, 1, 4, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+
+    def stream():
+        return torch.Generator().manual_seed(1)
+
+    same = attack.maximise(
+        model, lambda images: F.cross_entropy(model(images), y, reduction="none"), x, generator=stream()
+    )
+    assert torch.equal(same, attack(model, x, y, generator=stream()))
+    slope = torch.randn(16, dtype=torch.float64)
+    corner = attack.maximise(model, lambda images: images.flatten(1) @ slope, x, generator=stream())
+    torch.testing.assert_close(corner, x + 0.1 * slope.sign().view(1, 1, 4, 4))
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())

@@ -12,6 +12,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from nas.attacks.fgsm import Fgsm
 from nas.attacks.pgd import Pgd
+from nas.attacks.square import Square
 from nas.data.augmentation import Augmentation
 from nas.errors import InputError
 from nas.model_file import ModelSpec
@@ -288,11 +289,12 @@ def test_layers_that_cannot_be_found_are_refused(network):
 
 
 def test_other_attacks_serve_where_information_is_not_climbed(network):
-    batch, fgsm = _batch(), Fgsm(ThreatModel("linf", 0.1))
-    InfoAt(fgsm, gamma=0.0)(network().double(), batch, _state())
-    InfoAt(fgsm, mode="reweight")(network().double(), batch, _state())
-    with pytest.raises(InputError, match="pgd"):
-        InfoAt(fgsm)
+    batch, square = _batch(), Square(ThreatModel("linf", 0.1), queries=5)
+    InfoAt(square, gamma=0.0)(network().double(), batch, _state())
+    InfoAt(square, mode="reweight")(network().double(), batch, _state())
+    InfoAt(Fgsm(ThreatModel("linf", 0.1)))(network().double(), batch, _state())
+    with pytest.raises(InputError, match=r"'Square' cannot maximise .* 'pgd'"):
+        InfoAt(square)
 
 
 def test_training_resumes_to_the_same_weights(network, data, parts, tmp_path):
