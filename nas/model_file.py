@@ -15,6 +15,7 @@ from torch import nn
 
 from nas.compression.plan import Plan
 from nas.errors import InputError
+from nas.prediction import Prediction, prediction_from_data
 from nas.tensor_file import read_tensors, write_bytes, write_text
 from search_spaces.catalogue import space_of
 from search_spaces.genotype import AnyGenotype, GenotypeError, genotype_from_data
@@ -28,7 +29,7 @@ class ModelSpec:
 
     input_shape: (C, H, W);  classes: names;  mean, std: per channel, in pixels of [0, 1];
     plans: compressions in the order they were applied. channels and cells have no meaning where the genotype
-    itself holds the size (space "plain").
+    itself holds the size (space "plain"). prediction: how it predicts, None for one pass of one network.
     """
 
     genotype: AnyGenotype
@@ -40,10 +41,17 @@ class ModelSpec:
     std: tuple[float, ...]
     auxiliary: bool = False
     plans: tuple[Plan, ...] = ()
+    prediction: Prediction | None = None
 
     def build(self) -> nn.Module:
-        """The network with fresh weights, compressed as planned."""
-        model = space_of(self.genotype).build(
+        """What predicts, with fresh weights, compressed as planned: the network, or an ensemble around or of such."""
+        model = self._network() if self.prediction is None else self.prediction.predictor(self._network)
+        for plan in self.plans:
+            model = plan.apply(model)
+        return model
+
+    def _network(self) -> nn.Module:
+        return space_of(self.genotype).build(
             self.genotype,
             channels=self.channels,
             cells=self.cells,
@@ -53,9 +61,6 @@ class ModelSpec:
             std=self.std,
             auxiliary=self.auxiliary,
         )
-        for plan in self.plans:
-            model = plan.apply(model)
-        return model
 
     def to_data(self) -> dict[str, Any]:
         """Plain lists and dictionaries, as written to JSON."""
@@ -70,6 +75,7 @@ class ModelSpec:
             "std": list(self.std),
             "auxiliary": self.auxiliary,
             "plans": [plan.to_data() for plan in self.plans],
+            "prediction": None if self.prediction is None else self.prediction.to_data(),
         }
 
     @staticmethod
@@ -89,6 +95,8 @@ class ModelSpec:
                 std=tuple(float(value) for value in data["std"]),
                 auxiliary=bool(data["auxiliary"]),
                 plans=tuple(Plan.from_data(plan) for plan in data["plans"]),
+                # Absent from files older than the field.
+                prediction=prediction_from_data(data.get("prediction")),
             )
         except GenotypeError as error:
             raise InputError(f"genotype: {error}") from None

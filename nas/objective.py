@@ -3,22 +3,26 @@
 A training method is no more than an ``Objective`` where it can be. What some need beyond that are contracts of their
 own, each a method or two that the training loop looks for: gradients that are not those of one loss (``Gradients``),
 something prepared before training (``Prepares``), a state that training goes on with after a crash (``Remembers``),
-batches seen several times (``Replays``), other images to train on (``TrainsOn``).
+batches seen several times (``Replays``), other images to train on (``TrainsOn``), other weights to begin with
+(``StartsFrom``), networks that predict as an ensemble (``Predicts``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from nas.errors import InputError
+
 if TYPE_CHECKING:
     from nas.data.image_data import ImageData
     from nas.data.split import Split
+    from nas.prediction import Prediction
 
 Metrics = dict[str, Tensor]
 """Names to detached scalars; reduced to floats once per epoch, so that no step waits for the device."""
@@ -144,11 +148,60 @@ class TrainsOn(Protocol):
     def training_images(self) -> tuple[Tensor, Tensor]: ...
 
 
+@runtime_checkable
+class StartsFrom(Protocol):
+    """A prepared objective that fine-tunes: ``initial_weights() -> state of the model`` with which training begins."""
+
+    def initial_weights(self) -> Mapping[str, Tensor]: ...
+
+
+def kept_by(objective: object, contract: Any) -> Any:
+    """The one of ``objective`` and those that it wraps (field ``objective``) that keeps a contract; None: none does."""
+    while objective is not None and not isinstance(objective, contract):
+        objective = getattr(objective, "objective", None)
+    return objective
+
+
+def prepared(objective: Objective, setting: Setting) -> Objective:
+    """``objective``, prepared where it has to be; what wraps it then wraps what was prepared."""
+    if isinstance(objective, Prepares):
+        return objective.prepare(setting)
+    inner = getattr(objective, "objective", None)
+    if inner is None:
+        return objective
+    ready: Objective = replace(objective, objective=prepared(inner, setting))  # type: ignore[type-var]
+    return ready
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """A training method whose networks do not predict by one pass: ``prediction`` says how, None by one pass.
+
+    It becomes part of the description of the trained network, which then is validated, attacked and judged in that
+    form; the method itself is called with the ensemble, in train mode.
+    """
+
+    @property
+    def prediction(self) -> Prediction | None: ...
+
+
+def prediction_of(method: object) -> Prediction | None:
+    """How networks trained by ``method`` predict."""
+    known = kept_by(method, Predicts)
+    return None if known is None else known.prediction
+
+
 def gradients_of(
     objective: Objective, model: nn.Module, batch: Batch, state: State, parameters: Sequence[nn.Parameter]
 ) -> tuple[Tensor, list[Tensor | None], Metrics]:
     """Loss (detached), gradients of the weights and metrics of any objective on a batch."""
     if isinstance(objective, Gradients):
         return objective.gradients(model, batch, state, parameters)
+    own = kept_by(objective, Gradients)
+    if own is not None:
+        raise InputError(
+            f"{type(own).__name__} has gradients of its own and cannot be wrapped by {type(objective).__name__}: leave "
+            "one of them out"
+        )
     loss, metrics = objective(model, batch, state)
     return loss.detach(), [*torch.autograd.grad(loss, [*parameters], allow_unused=True)], metrics

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from nas.data.split import subset
+from nas.defences.noise import NoiseEnsemble
 from nas.errors import InputError
 from nas.evaluation.expectation import Expectation
 from nas.evaluation.gallery import gallery
@@ -61,8 +62,8 @@ class Request:
                 raise InputError("a network from outside needs --data: a data set (nas list data), a file or name:path")
             if self.attack == "recipe" and self.suite is None:
                 raise InputError("a network from outside has no recipe: give --suite or --attack")
-        elif self.data is not None or self.weights is not None or self.draws != 1:
-            raise InputError("--data, --weights and --draws are for networks from outside: a run has its own")
+        elif self.data is not None or self.weights is not None:
+            raise InputError("--data and --weights are for networks from outside: a run has its own")
 
     @property
     def starts(self) -> int:
@@ -103,6 +104,10 @@ def _of_a_run(request: Request, tick: Tick) -> tuple[dict[str, Any], Path]:
             trials, left_out = request.trials(recipe.threat_model)
         place = network_folder(model_folder(context.run, request.model), path, request.model)
         _, network = load_model(place, context.device)
+        if request.draws > 1:
+            if not isinstance(network, NoiseEnsemble):
+                raise InputError(f"--draws is for networks that answer at random: '{request.model}' does not")
+            network.draws = request.draws
         others = {}
         if request.suite == "full":
             for other in networks_of(path):
@@ -111,6 +116,7 @@ def _of_a_run(request: Request, tick: Tick) -> tuple[dict[str, Any], Path]:
         name = f"suite-{request.suite}" if request.suite is not None else request.attack
         chosen = {"samples": request.samples, "seed": request.seed}
         amount = [f"{key}={value}" for key, value in chosen.items() if value is not None]
+        amount += [f"draws={request.draws}"] if request.draws > 1 else []
         starts = request.starts if request.suite is None and request.attack != "recipe" else None
         label = label_of(name, [*request.settings, *overrides, *amount], starts, request.model)
         folder = request.out or context.run.folder(f"attack-{label}")

@@ -101,7 +101,7 @@ def attack(
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="Of a network from outside: its state dict.")] = None,
     draws: Annotated[
-        int, typer.Option(min=1, help="Of a random network from outside: passes whose mean is judged.")
+        int, typer.Option(min=1, help="Of a network that answers at random: passes whose mean is attacked and judged.")
     ] = 1,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of the attacks; that of the run, or 0, unless given.")

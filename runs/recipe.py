@@ -14,7 +14,7 @@ from typing import Any
 from nas import plugins
 from nas.errors import InputError, nearest
 from nas.evaluation.robustness import Trial
-from nas.objective import Attack, Objective, Prepares
+from nas.objective import Attack, Gradients, Objective, Prepares
 from nas.search.architecture_gradient import FirstOrder, Unrolled
 from nas.search.bilevel import Search
 from nas.search.perturbation_memory import check_can_start
@@ -289,7 +289,7 @@ def method_from(
     entries = dict(mapping(table, where))
     name = _name(entries, where)
     cls = plugins.load("training", name)
-    given = {}
+    given: dict[str, Any] = {}
     if "attack" in {f.name for f in dataclasses.fields(cls)}:
         defaults = dict(attack_defaults or {})
         if hasattr(cls, "inner_loss"):
@@ -302,6 +302,8 @@ def method_from(
                 f"'{attack_table['name']}': write '{own}' there, or choose the method 'pgd_at'"
             )
         given["attack"] = attack_from(attack_table, attack_where, threat_model, defaults)
+    if "threat_model" in {f.name for f in dataclasses.fields(cls)}:
+        given["threat_model"] = threat_model
     objective: Objective = construct(cls, entries, where, ("name",), **given)
     return objective
 
@@ -399,6 +401,11 @@ def _train(table: object, threat_model: ThreatModel) -> TrainPart:
         raise InputError(f"train.auxiliary_weight must be a number of at least 0, not {auxiliary_weight!r}")
     size = {key: entries.pop(key) for key in ("channels", "cells", "parameters") if key in entries}
     objective = method_from(method_table, "train.method", attack_table, "train.attack", threat_model)
+    if auxiliary_weight and isinstance(objective, Gradients):
+        raise InputError(
+            f"train.auxiliary_weight = {auxiliary_weight}: {type(objective).__name__} has gradients of its own, and an "
+            "auxiliary head cannot join in: set it to 0"
+        )
     return construct(
         TrainPart,
         size,

@@ -19,13 +19,14 @@ from torch import nn
 from nas.analysis.complexity import complexity, nonzero_parameters, parameters_of, with_parameters
 from nas.analysis.drawing import draw_cell
 from nas.analysis.topology import topology
+from nas.compression.plan import plan_for
 from nas.data.image_data import ImageData
 from nas.data.split import Split, split
 from nas.errors import InputError
 from nas.export.package import export_model
 from nas.export.parity import check_exports
 from nas.model_file import ModelSpec, load_model, save_model, weights_digest, with_plan
-from nas.objective import Objective
+from nas.objective import Objective, prediction_of
 from nas.randomness import derived_seed, generator
 from nas.report.verdict import verdict
 from nas.search.bilevel import search
@@ -33,6 +34,7 @@ from nas.search.memory_budget import DryRun, fit
 from nas.search.random_cells import random_cells
 from nas.tensor_file import write_text
 from nas.training.auxiliary import WithAuxiliary
+from nas.training.cost_sensitive import class_table
 from nas.training.loop import Training, train
 from nas.training.pgd_at import PgdAt
 from nas.training.standard import Standard
@@ -248,7 +250,8 @@ def _train(name: str) -> Callable[[Context], dict[str, Any]]:
         auxiliary = bool(recipe.train.auxiliary_weight) and isinstance(genotype, Genotype)
         if auxiliary:
             objective = WithAuxiliary(objective, recipe.train.auxiliary_weight)
-        spec = dataclasses.replace(context.spec(genotype, channels), auxiliary=auxiliary)
+        spec = context.spec(genotype, channels)
+        spec = dataclasses.replace(spec, auxiliary=auxiliary, prediction=prediction_of(recipe.train.objective))
         model = fresh(spec, derived_seed(context.seed, f"weights {name}")).to(context.device)
         records = _fit(context, model, objective, recipe.train.training, run.folder(f"train/{name}"), name)
         return _model_result(spec, model, run.folder(f"train/{name}"), records)
@@ -273,11 +276,11 @@ def _compress(context: Context) -> dict[str, Any]:
 def compress_into(context: Context, part: CompressPart, source: Path, folder: Path) -> dict[str, Any]:
     """Compress the trained network in ``source``, fine-tune it, and leave it in ``folder``."""
     spec, dense = load_model(source, context.device)
-    decided = part.method.plan(dense)
+    decided = plan_for(part.method, dense)
     spec = with_plan(dataclasses.replace(spec, auxiliary=False), decided)
-    state = {name: tensor for name, tensor in dense.state_dict().items() if not name.startswith("auxiliary.")}
     plain = dataclasses.replace(spec, plans=spec.plans[:-1]).build()
-    plain.load_state_dict(state)
+    kept = plain.state_dict().keys()  # all but the auxiliary head
+    plain.load_state_dict({name: tensor for name, tensor in dense.state_dict().items() if name in kept})
     model = decided.apply(plain.to(context.device))
     objective = context.recipe.train.objective
     records = _fit(context, model, objective, part.fine_tune, folder, f"compressed {part.name}")
@@ -317,6 +320,7 @@ def _model_result(spec: ModelSpec, model: nn.Module, folder: Path, records: list
     size = complexity(spec)
     return {
         "genotype": spec.genotype.to_data(),
+        "prediction": "one network" if spec.prediction is None else str(spec.prediction),
         "parameters": size.parameters,
         "nonzero": nonzero_parameters(model),
         "macs": size.macs,
@@ -339,7 +343,9 @@ def evaluate_into(
     context: Context, model: nn.Module, trials: Mapping[str, Any], folder: Path, **more: Any
 ) -> dict[str, Any]:
     """Judge ``model`` on the whole test set and keep the masks in ``folder``. more: of ``judging.judge``."""
-    return judge(bench_of(context), model, trials, folder, **more)
+    result = judge(bench_of(context), model, trials, folder, **more)
+    result["per_class"] = class_table(result["per_class"], context.data.classes, context.recipe.train.objective)
+    return result
 
 
 def bench_of(context: Context) -> Bench:
@@ -366,7 +372,9 @@ def _export(context: Context) -> dict[str, Any]:
             continue
         spec, model = load_model(model_folder(run, name))
         folder = run.folder("export" if name == "searched" else "export/compressed")
-        export_model(spec, model, folder, ("json", "safetensors", "py"))
+        # An ensemble has no form as a source file.
+        formats = ("json", "safetensors", "py") if spec.prediction is None else ("json", "safetensors")
+        export_model(spec, model, folder, formats)
         for file in check_exports(folder, spec, model, inputs):
             entry = str((folder / file.file).relative_to(run.path))
             files.append({"file": entry, "format": file.format, "difference": file.difference})

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from nas.model_file import ModelSpec
+from nas.prediction import networks_in, passes_of
 from search_spaces.genotype import Genotype, StageGenotype
 from search_spaces.network import parameter_count
 
@@ -66,15 +67,19 @@ class Complexity:
 
 
 def complexity(spec: ModelSpec) -> Complexity:
-    """The cost of the network of ``spec``.
+    """The cost of the network of ``spec``; of an ensemble, of all its networks and of all passes of one prediction.
 
     MACs count convolutions and linear layers, as is usual; normalisation, pooling and additions are left out.
     Masked weights count as multiplied, since dense kernels multiply them.
     """
     model = _without_weights(spec)
-    parameters = _parameters_by_name(model)
-    macs = _macs_by_layer(model, spec.input_shape)
-    sections = _sections(spec, model)
+    networks, passes = [*networks_in(model).values()], passes_of(model)
+    parameters: Counter[str] = Counter()
+    macs: Counter[str] = Counter()
+    for network in networks:
+        parameters.update(_parameters_by_name(network))
+        macs.update({name: passes * cost for name, cost in _macs_by_layer(network, spec.input_shape).items()})
+    sections = _sections(spec, networks[0])
     section_parameters, section_macs = _by_section(parameters, sections), _by_section(macs, sections)
     # Parameters come in the order of the network; a section without any (a quantised one) follows at the end.
     names = dict.fromkeys([*section_parameters, *section_macs])
@@ -88,7 +93,7 @@ def complexity(spec: ModelSpec) -> Complexity:
 
 def parameters_of(spec: ModelSpec) -> int:
     """Parameters of the network of ``spec`` as deployed. Draws no weights: fit for a rejection sampler."""
-    return parameter_count(_without_weights(spec))
+    return sum(parameter_count(network) for network in networks_in(_without_weights(spec)).values())
 
 
 def with_parameters(spec: ModelSpec, target: int) -> ModelSpec:
@@ -118,6 +123,10 @@ def nonzero_parameters(model: nn.Module) -> int:
     A mask is a parametrisation with a buffer ``mask`` of the weight's shape. Weights that merely happen to be
     zero are counted: nothing keeps them there.
     """
+    return sum(_nonzero(network) for network in networks_in(model).values())
+
+
+def _nonzero(model: nn.Module) -> int:
     masked = 0
     for name, module in model.named_modules():
         if name.startswith("auxiliary.") or not parametrize.is_parametrized(module):

@@ -51,7 +51,7 @@ def hidden_layers(model: nn.Module, x: Tensor) -> tuple[str, ...]:
     is a run of blocks with outputs of equal height and width, or of vectors. A stage without parameters (a
     normalisation of pixels, a pooling) is none, and the logits are not hidden: a linear network has no hidden layer.
     """
-    blocks = dict(_blocks(model, ""))
+    blocks = dict(blocks_of(model))
     order: list[tuple[str, Tensor]] = []
 
     def keeper(name: str) -> Any:
@@ -80,16 +80,17 @@ def hidden_layers(model: nn.Module, x: Tensor) -> tuple[str, ...]:
     return tuple(dict.fromkeys(stage[-1] for stage in stages if any(_has_parameters(blocks[name]) for name in stage)))
 
 
-def _blocks(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
+def blocks_of(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
+    """Names and modules of the blocks of a network (see ``hidden_layers``)."""
     found: list[tuple[str, nn.Module]] = []
     for name, child in module.named_children():
         path = f"{prefix}{name}"
-        found += _blocks(child, path + ".") if type(child) in CONTAINERS else [(path, child)]
+        found += blocks_of(child, path + ".") if type(child) in CONTAINERS else [(path, child)]
     large = [index for index, (_, block) in enumerate(found) if _has_parameters(block)]
     if len(large) == 1 and any(True for _ in found[large[0]][1].children()):
         (index,) = large
         name, block = found[index]
-        found[index : index + 1] = _blocks(block, name + ".")
+        found[index : index + 1] = blocks_of(block, name + ".")
     return found
 
 

@@ -8,10 +8,19 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from nas.attacks.gradient import ascend, better, check_loss, check_start, clean_logits_for, input_gradient
+from nas.attacks.gradient import (
+    Objective,
+    ascend,
+    better,
+    check_loss,
+    check_start,
+    clean_logits_for,
+    input_gradient,
+)
 from nas.attacks.losses import LOSSES, right
 from nas.errors import InputError
 from nas.model_state import crafting
+from nas.objective import Attack
 from nas.threat_model import ThreatModel
 
 
@@ -60,24 +69,27 @@ class Pgd:
 
         start: images in the ball around ``x`` to begin from, instead of a random start or ``x`` itself.
         """
-        threat_model = self.threat_model
         with crafting(model, batch_statistics=self.statistics == "batch"):
             clean_logits = clean_logits_for(self.loss, model, x)
-            x_adv = start
-            if x_adv is None:
-                x_adv = threat_model.random_start(x, generator) if self.random_start else x
+            x_adv = self._start(x, generator) if start is None else start
             if self.stop_when_broken:
                 return self._walk_until_broken(model, x_adv, x, y, clean_logits)
             loss = LOSSES[self.loss]
-            return ascend(
-                lambda images: loss(model(images), y, clean_logits),
-                x_adv,
-                x,
-                threat_model,
-                steps=self.steps,
-                step=self.step,
-                keep=self.keep,
-            )
+            return self._ascend(lambda images: loss(model(images), y, clean_logits), x_adv, x)
+
+    def maximise(self, model: nn.Module, objective: Objective, x: Tensor, *, generator: torch.Generator) -> Tensor:
+        """Images found by the same steps up ``objective`` (images [N, C, H, W] -> [N], by ``model``), not the loss.
+
+        For training methods that maximise what they minimise. ``stop_when_broken`` has no meaning here.
+        """
+        with crafting(model, batch_statistics=self.statistics == "batch"):
+            return self._ascend(objective, self._start(x, generator), x)
+
+    def _start(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        return self.threat_model.random_start(x, generator) if self.random_start else x
+
+    def _ascend(self, objective: Objective, x_adv: Tensor, x: Tensor) -> Tensor:
+        return ascend(objective, x_adv, x, self.threat_model, steps=self.steps, step=self.step, keep=self.keep)
 
     def _walk_until_broken(
         self, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor, clean_logits: Tensor | None
@@ -120,6 +132,16 @@ class Pgd:
         start = "random start" if self.random_start else "no random start"
         kept = f"{self.keep} iterate" + (", stops when broken" if self.stop_when_broken else "")
         return f"PGD-{self.steps}, {self.threat_model}, step {self.step:.6g}, {self.loss}, {start}, {kept}"
+
+
+def maximiser(attack: Attack, what: str) -> Pgd:
+    """``attack`` as one that can maximise ``what``, the objective of a training method; ``InputError`` if it cannot."""
+    if not isinstance(attack, Pgd) or attack.stop_when_broken:
+        raise InputError(
+            f"{what} is maximised by projected gradient descent to the end: give an attack with name 'pgd' "
+            "and without stop_when_broken"
+        )
+    return attack
 
 
 PLUGIN = Pgd

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from nas.defences.particles import mean_prediction
 from nas.errors import InputError
 from nas.randomness import generator
+
+ROWS = 512
+"""Images that an ensemble passes together, at most, unless it is asked about more."""
 
 
 class Noise(Protocol):
     """``noise.within(model, generator)``: a context in which the passes of ``model`` are noisy."""
 
-    def within(self, model: nn.Module, generator: torch.Generator) -> _Context: ...
-
-
-class _Context(Protocol):
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: object) -> bool | None: ...
+    def within(self, model: nn.Module, generator: torch.Generator) -> AbstractContextManager[None]: ...
 
 
 @dataclass(frozen=True)
@@ -87,23 +85,40 @@ class LayerNoise:
 class NoiseEnsemble(nn.Module):
     """A network whose prediction is averaged over ``draws`` of ``noise``: [N, C, H, W] to log mean softmax [N, K].
 
-    Every call draws afresh, from streams that derive from ``seed`` and the number of calls so far (``calls``, which
-    may be set back to 0), so that the global random state plays no part. Gradients are those of the mean over the
-    draws made: an attack on it averages over the noise (EOT) by itself, over as many draws as the ensemble has.
+    In train mode it is the network alone: what noise it is trained with, and how, is up to the training method.
+
+    In eval mode every call draws afresh, from streams that derive from ``seed``, ``stretch`` and the number of calls so
+    far (``nas.prediction.begin`` sets both), so that the global random state plays no part. Gradients are those of
+    the mean over the draws made: an attack on it averages over the noise (EOT) by itself, over as many draws as the
+    ensemble has.
     """
 
     def __init__(self, network: nn.Module, noise: Noise, draws: int = 10, seed: int = 0) -> None:
         super().__init__()
         if draws < 1:
             raise InputError(f"an ensemble needs at least 1 draw of its noise, not {draws}")
-        self.network, self.noise, self.draws, self.seed, self.calls = network, noise, draws, seed, 0
+        self.network, self.noise, self.draws, self.seed = network, noise, draws, seed
+        self.stretch, self.calls = 0, 0
+        self.train(network.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        stream = generator(self.seed, "noise ensemble", self.calls, device=x.device)
+        if self.training:
+            logits: Tensor = self.network(x)
+            return logits
+        stream = generator(self.seed, "noise ensemble", self.stretch, self.calls, device=x.device)
         self.calls += 1
         with self.noise.within(self.network, stream):
-            draws = torch.stack([self.network(x).log_softmax(1) for _ in range(self.draws)])
-        return draws.logsumexp(0) - math.log(self.draws)
+            return mean_prediction(torch.cat([self._drawn(x, number) for number in self._together(len(x))]))
+
+    def _drawn(self, x: Tensor, number: int) -> Tensor:
+        """Logarithms of the probabilities under ``number`` draws: [number, N, K]."""
+        together: Tensor = self.network(x.repeat(number, 1, 1, 1))
+        return together.log_softmax(1).unflatten(0, (number, len(x)))
+
+    def _together(self, images: int) -> list[int]:
+        """The draws, shared out among passes of about ``ROWS`` images: small passes cost more by the image."""
+        most = max(1, ROWS // max(images, 1))
+        return [min(most, self.draws - done) for done in range(0, self.draws, most)]
 
 
 @contextmanager

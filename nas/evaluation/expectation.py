@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
+
+from nas.attacks.apgd import Apgd
+from nas.attacks.apgd_t import ApgdT
+from nas.attacks.autoattack import AutoAttack
+from nas.attacks.fab import Fab
+from nas.attacks.pgd import Pgd
+from nas.defences.noise import NoiseEnsemble
+from nas.objective import Attack
 
 
 class Expectation(nn.Module):
@@ -21,3 +31,22 @@ class Expectation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.stack([self.model(x) for _ in range(self.draws)]).mean(0)
+
+
+def answers_at_random(model: nn.Module) -> bool:
+    """Whether ``model`` is, or contains, a mean over randomness that is drawn anew for every prediction."""
+    return any(isinstance(module, Expectation | NoiseEnsemble) for module in model.modules())
+
+
+def suited(attack: Attack, model: nn.Module) -> Attack:
+    """``attack`` as it has to run on ``model``: what answers at random breaks single samples by luck.
+
+    There no attack stops at the first wrong answer, which the next one may take back, and AutoAttack is its "rand"
+    version. Other attacks, and other models, are left as they are.
+    """
+    if answers_at_random(model):
+        if isinstance(attack, AutoAttack) and attack.version != "rand":
+            return replace(attack, version="rand")
+        if isinstance(attack, Pgd | Apgd | ApgdT | Fab) and attack.stop_when_broken:
+            return replace(attack, stop_when_broken=False)
+    return attack

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from nas.attacks.losses import right
 from nas.errors import InputError
+from nas.evaluation.expectation import suited
 from nas.evaluation.interval import wilson
 from nas.model_state import constant, evaluating
 from nas.objective import Attack
+from nas.prediction import begin
 from nas.randomness import generator
 from nas.tensor_file import read_tree, write_tree
 
@@ -98,9 +100,11 @@ def evaluate(
     """Evaluate ``model`` in eval mode on images ``x`` [N, C, H, W] in [0, 1] with labels ``y`` [N].
 
     Within a trial each restart attacks the samples that survived the earlier ones. After every restart the masks are
-    written to ``progress_file``, from which a later call goes on to the same result.
+    written to ``progress_file``, from which a later call goes on to the same result. A model that answers at random is
+    judged by single predictions of it, each a mean over its draws, and attacked as ``expectation.suited`` says.
     """
     check_images(x, y)
+    trials = {name: replace(trial, attack=suited(trial.attack, model)) for name, trial in trials.items()}
     natural: Tensor | None = None
     masks: dict[str, Tensor] = {}
     done = 0
@@ -110,6 +114,7 @@ def evaluate(
     # One derivation for all batches; gradients of the weights are nobody's business here.
     with evaluating(model), constant(model):
         check_model(model, x, y)
+        begin(model)
         if natural is None:
             natural = correct(model, x, y, batch_size)
         total = sum(trial.restarts for trial in trials.values())
@@ -120,6 +125,7 @@ def evaluate(
                 unit += 1
                 if unit <= done:
                     continue
+                begin(model, unit)
                 survivors = _attacked(model, x, y, survivors, trial.attack, name, restart, seed, batch_size)
                 masks[name] = survivors
                 if progress_file is not None:

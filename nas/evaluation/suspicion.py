@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from nas.attacks.losses import right
+from nas.evaluation.expectation import suited
 from nas.evaluation.robustness import Evaluation
 from nas.model_state import evaluating
 from nas.objective import Attack
+from nas.prediction import begin
 from nas.randomness import generator
 from nas.threat_model import ThreatModel
 
@@ -65,6 +67,7 @@ class Case:
 
     def withstood(self, attack: Attack, purpose: str) -> Tensor:
         """Samples [n] that are right and stay right under ``attack``."""
+        attack = suited(attack, self.model)
         return self.natural & self.answers(attack(self.model, self.x, self.y, generator=self.generator(purpose)))
 
 
@@ -85,6 +88,7 @@ def suspicions(
     from nas.evaluation.model_checks import MODEL_CHECKS
 
     x, y = x[:samples], y[:samples]
+    begin(model)
     with evaluating(model):
         with torch.no_grad():
             natural = right(model(x), y)

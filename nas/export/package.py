@@ -40,11 +40,13 @@ class Format:
 def export_model(spec: ModelSpec, model: nn.Module, folder: Path, formats: Sequence[str]) -> list[ExportedFile]:
     """Write ``model`` to ``folder`` in each of ``formats``; every file appears whole or not at all.
 
-    Raises ``InputError`` for an unknown format, before anything is written.
+    Raises ``InputError`` for an unknown format, or one that cannot hold the network, before anything is written.
     """
     for name in formats:
         if name not in FORMATS:
             raise InputError(f"unknown export format '{name[:60]}'; known: {', '.join(FORMATS)}")
+    if "py" in formats:
+        network_source(spec)  # the only one that refuses networks
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name in dict.fromkeys(formats):

@@ -18,6 +18,7 @@ from nas.errors import Failure, InputError
 from nas.export import reload
 from nas.export.package import FORMATS, ExportedFile
 from nas.model_file import ModelSpec
+from nas.prediction import begin
 
 TOLERANCE = 1e-5
 """Largest difference that counts as equal, for logits up to 10: exported code may sum in another order.
@@ -58,7 +59,9 @@ def check_exports(folder: Path, spec: ModelSpec, model: nn.Module, inputs: Tenso
         raise InputError(f"{folder} holds no exported files that can be checked")
     inputs = inputs.detach().cpu().contiguous()
     with torch.no_grad():
-        expected = copy.deepcopy(model).cpu().eval()(inputs)
+        again = copy.deepcopy(model).cpu().eval()
+        begin(again)  # as a model that was just loaded does
+        expected = again(inputs)
     report, logits = _reloaded(folder, inputs, formats)
     checked = []
     for name in formats:

@@ -76,6 +76,11 @@ def deployed_state(spec: ModelSpec, model: nn.Module) -> dict[str, Tensor]:
 
 def _blueprint(spec: ModelSpec) -> Any:
     """The deployed network of ``spec`` without storage for its weights."""
+    if spec.prediction is not None:
+        raise InputError(
+            f"a network that predicts by the {spec.prediction} has no form as a source file; "
+            "export it by --to json,safetensors instead"
+        )
     for plan in spec.plans:
         if any(layer.action == "replaced" for layer in plan.layers):
             raise InputError(

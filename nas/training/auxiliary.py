@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nas.objective import Batch, Metrics, Objective, Prepares, Setting, State
+from nas.objective import Batch, Metrics, Objective, State
+from nas.prediction import networks_in
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,6 @@ class WithAuxiliary:
     objective: Objective
     weight: float
 
-    def prepare(self, setting: Setting) -> WithAuxiliary:
-        """The same around the objective once that is prepared."""
-        if not isinstance(self.objective, Prepares):
-            return self
-        return replace(self, objective=self.objective.prepare(setting))
-
     def __call__(self, model: nn.Module, batch: Batch, state: State) -> tuple[Tensor, Metrics]:
         """The objective's loss with the auxiliary term added, and its value among the metrics."""
         losses: list[Tensor] = []
@@ -36,14 +31,16 @@ class WithAuxiliary:
         def collect(module: nn.Module, inputs: object, logits: Tensor) -> None:
             del module, inputs
             if torch.is_grad_enabled():
-                losses.append(F.cross_entropy(logits, batch.y))
+                labels = batch.y.repeat(len(logits) // len(batch.y))  # clean and adversarial images in one pass
+                losses.append(F.cross_entropy(logits, labels))
 
-        head = model.get_submodule("auxiliary")
-        handle = head.register_forward_hook(collect)
+        heads = [network.get_submodule("auxiliary") for network in networks_in(model).values()]
+        handles = [head.register_forward_hook(collect) for head in heads]
         try:
             loss, metrics = self.objective(model, batch, state)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         if not losses:
             raise RuntimeError("the objective made no pass in train mode that reached the auxiliary head")
         auxiliary = torch.stack(losses).mean()

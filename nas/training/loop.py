@@ -18,8 +18,21 @@ from nas.data.image_data import ImageData
 from nas.data.split import Split
 from nas.errors import Diverged, InputError
 from nas.model_state import evaluating
-from nas.objective import Attack, Objective, Prepares, Remembers, Replays, Setting, State, TrainsOn, gradients_of
+from nas.objective import (
+    Attack,
+    Objective,
+    Remembers,
+    Replays,
+    Setting,
+    StartsFrom,
+    State,
+    TrainsOn,
+    gradients_of,
+    kept_by,
+    prepared,
+)
 from nas.optimisation import Sgd, gradient_step, optimiser_tree, restore_optimiser
+from nas.prediction import begin
 from nas.randomness import generator
 from nas.tensor_file import read_tree, write_tree
 
@@ -81,9 +94,11 @@ def train(
     if len(split.validation) == 0:
         raise InputError("no validation images to choose a checkpoint by: set data.validation above 0")
     device = data.x_train.device
-    if isinstance(objective, Prepares):
-        folder = None if checkpoint is None else checkpoint.parent
-        objective = objective.prepare(Setting(model, data, split, seed, training.epochs, training.batch_size, folder))
+    folder = None if checkpoint is None else checkpoint.parent
+    objective = prepared(objective, Setting(model, data, split, seed, training.epochs, training.batch_size, folder))
+    memory, start = kept_by(objective, Remembers), kept_by(objective, StartsFrom)
+    if start is not None:
+        model.load_state_dict(start.initial_weights())
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = training.optimiser.optimiser(parameters)
     average = (
@@ -99,16 +114,17 @@ def train(
         restore_optimiser(optimiser, tree["optimiser"])
         if average is not None:
             average.load_state_dict(tree["average"])
-        if isinstance(objective, Remembers):
-            objective.restore(tree["objective"])
+        if memory is not None:
+            memory.restore(tree["objective"])
         records, best_state, best_key = tree["records"], tree["best"], tuple(tree["best_key"])
     history(records)
 
     x, y, indices = data.x_train, data.y_train, split.training.to(device)
-    if isinstance(objective, TrainsOn):
-        x, y = objective.training_images()
+    own, again = kept_by(objective, TrainsOn), kept_by(objective, Replays)
+    if own is not None:
+        x, y = own.training_images()
         indices = torch.arange(len(y), device=device)
-    replays = objective.replays if isinstance(objective, Replays) else 1
+    replays = 1 if again is None else again.replays
     steps = replays * batch_count(len(indices), training.batch_size, True)
     for epoch in range(len(records), training.epochs):
         attack_generator = generator(seed, "attack", epoch, device=device)
@@ -161,8 +177,8 @@ def train(
             }
             if average is not None:
                 tree["average"] = dict(average.state_dict())
-            if isinstance(objective, Remembers):
-                tree["objective"] = dict(objective.tree())
+            if memory is not None:
+                tree["objective"] = dict(memory.tree())
             write_tree(tree, checkpoint)
     model.load_state_dict(best_state)
     return records
@@ -175,6 +191,7 @@ def validate(
     device = data.x_train.device
     randomness = generator(seed, "validation", device=device)
     natural = robust = torch.zeros((), device=device)
+    begin(model)
     with evaluating(model):
         for batch in batches(data.x_train, data.y_train, indices.to(device), batch_size=max(batch_size, 256)):
             x_adv = attack(model, batch.x, batch.y, generator=randomness)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nas.search.min_norm import min_norm_direction, min_norm_weight
+from nas.min_norm import min_norm_direction, min_norm_weight
 
 
 def _random(seed, size=6):
