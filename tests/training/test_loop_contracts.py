@@ -163,3 +163,29 @@ def test_a_method_may_bring_its_own_images(data, parts, network):
     )
     # Validation is on images of the data set, which are not all of class 1.
     assert records[-1]["accuracy"] == 1 and records[-1]["validation_natural"] < 1
+
+
+@dataclass(frozen=True)
+class FromZero(Standard):
+    """Begins with all weights 0."""
+
+    like: object = None
+
+    def initial_weights(self):
+        return {name: torch.zeros_like(value) for name, value in self.like.state_dict().items()}
+
+
+def test_a_method_may_begin_from_other_weights(data, parts, network, tmp_path):
+    """At the start only: a training that is gone on with has weights of its own. The average begins there, too."""
+    model, method = network(), FromZero(network())
+    still = Training(epochs=1, batch_size=20, optimiser=Sgd(1e-12, weight_decay=0.0), ema=0.5)
+    train(model, data, parts, method, still, validation_attack=ATTACK, seed=4)
+    assert all(float(parameter.detach().abs().max()) < 1e-9 for parameter in model.parameters())
+
+    whole, resumed, checkpoint = network(), network(1), tmp_path / "checkpoint.safetensors"
+    method = FromZero(network(2).train())
+    records = _train(whole, data, parts, method)
+    with pytest.raises(Stopped):
+        _train(resumed, data, parts, method, checkpoint=checkpoint, log=_stop_at(2))
+    assert _train(resumed, data, parts, method, checkpoint=checkpoint) == records
+    assert torch.equal(_weights(whole), _weights(resumed))
