@@ -32,6 +32,7 @@ from nas.report.comparison_table import markdown
 from nas.report.comparison_verdict import comparison_verdict
 from nas.tensor_file import write_text
 from nas.training.cost import Cost, measure
+from nas.training.loop import validate
 from runs.construct import plain
 from runs.contenders import ComparePart, Contender
 from runs.detecting import judge_detected
@@ -49,6 +50,10 @@ NETWORK = "compared"
 
 RADII = 8
 """Points of a curve of certified accuracy within one deviation of the noise."""
+
+
+FAILED = {"failed": "there is no trained network"}
+"""What is found of a contender whose training failed."""
 
 
 def plan(recipe: Recipe) -> list[Task]:
@@ -136,6 +141,11 @@ def _train(contender: Contender, seed: int) -> Work:
         epochs = epochs_of(context.run, _part(context.recipe), contender)
         training = dataclasses.replace(contender.train.training, epochs=epochs)
         spec, model, objective = to_train(inner, genotype_from_data(context.run.genotype), NETWORK)
+        # What a process does once (imports, tracing the network) is no part of the training's seconds.
+        import torch.utils.tensorboard  # noqa: F401
+
+        few = inner.split.validation[:2]
+        validate(model, inner.data, few, contender.train.validation_attack, seed, training.batch_size)
         laps = Laps(folder / "measured.json")
         try:
             records = train_in(inner, model, objective, training, folder, NETWORK, laps)
@@ -167,7 +177,7 @@ def _evaluate(contender: Contender, seed: int) -> Work:
         folder = context.run.folder(f"evaluate/{contender.name}-{seed}")
         model = _trained(inner, contender, seed)
         if model is None:
-            return {"failed": f"training of '{contender.network}' failed"}
+            return FAILED
         model = predicting(model, contender, _part(context.recipe).draws, seed)
         bench, trials = bench_of(inner), context.recipe.evaluate.trials
         if contender.detect is not None:
@@ -203,7 +213,7 @@ def _certify(contender: Contender, seed: int) -> Work:
         inner = _context(context, contender, seed)
         model = _trained(inner, contender, seed)
         if model is None:
-            return {"failed": f"training of '{contender.network}' failed"}
+            return FAILED
         bench = bench_of(inner)
         x, y = bench.x, bench.y
         if 0 < part.samples < len(y):
@@ -278,6 +288,9 @@ def _contender(run: RunDirectory, part: ComparePart, contender: Contender) -> di
     seeds = []
     for seed in part.seeds:
         trained = run.needed(f"train/{contender.network}-{seed}")
+        if "failed" in trained:
+            seeds.append({"seed": seed, "failed": trained["failed"]})
+            continue
         found = run.needed(f"evaluate/{contender.name}-{seed}")
         entry = {"seed": seed, **trained, **found}
         if contender.certify is not None:

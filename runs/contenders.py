@@ -168,10 +168,14 @@ def _contender(
                 f"{where}: '{next(iter(entries))}' is about training, but it uses the network of '{network}'"
             )
     part = next((other.train for other in before if other.name == network), None)
+    if part is None:
+        part = train(merged(base, entries), where)
+    if "attack" in entries and not hasattr(part.objective, "attack"):
+        raise InputError(f"{where}.attack: its training method takes none; leave it out")
     return Contender(
         name,
         network,
-        part or train(merged(base, entries), where),
+        part,
         _certify(beside["certify"], f"{where}.certify") if "certify" in beside else None,
         _detect(beside["detect"], f"{where}.detect") if "detect" in beside else None,
     )

@@ -52,6 +52,8 @@ def comparison_table(results: Mapping[str, Any]) -> None:
         table.add_column(column.title, no_wrap=True, justify="right" if column.number else "left")
     for contender in results["contenders"]:
         table.add_row(*(escape(column.text(results, contender)) for column in columns))
+    # Cells that are cut off would say less than lines that are too long.
+    table.width = out_console.measure(table, options=out_console.options.update(max_width=1000)).maximum
     out_console.print(table)
 
 

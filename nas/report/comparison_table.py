@@ -42,7 +42,7 @@ def columns(results: Data) -> list[Column]:
         ),
         Column("worst case", lambda results, contender: spread(contender.get("worst_case")), _mean_of("worst_case")),
         Column("95 % interval", lambda results, contender: interval(contender.get("interval"))),
-        *([Column("certified", lambda results, contender: certified_text(contender))] if certified else []),
+        *([Column("certified (0, sigma)", lambda results, contender: certified_text(contender))] if certified else []),
         Column("masking", lambda results, contender: masking(contender), number=False),
         Column("epochs", lambda results, contender: f"{contender['epochs']}"),
         Column("passes", lambda results, contender: f"{contender['passes']['relative']:.2f}"),
