@@ -1,4 +1,4 @@
-"""nas compare: contenders as the recipe says, alike in everything else, one table of it, and the same after any crash."""
+"""nas compare: contenders as the recipe says, alike in all else, one table of it, and the same after any crash."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from nas.evaluation.interval import wilson
 from nas.evaluation.robustness import Trial
 from nas.evaluation.suspicion import Check
 from nas.model_file import load_model
+from nas.report.comparison_table import ABSENT
 from nas.report.comparison_verdict import comparison_verdict
 from nas.threat_model import ThreatModel
 from nas.training.loop import Training
@@ -170,7 +171,7 @@ def test_markdown_page_and_terminal_say_the_same(finished: Path) -> None:
         assert row["worst case"] == f"{100 * worst['mean']:.1f} ± {100 * worst['deviation']:.1f}"
         assert row["masking"] == "▲ warn"
         assert f">{row['worst case']}</td>" in page
-    assert rows["guarded"]["seconds"] == "–" != rows["none"]["seconds"]
+    assert rows["guarded"]["seconds"] == ABSENT != rows["none"]["seconds"]
     assert rows["at"]["passes"] == "1.00"
     again = nas("report", finished)
     assert again.status == 0 and (finished / "report.html").read_text() == page
@@ -197,9 +198,8 @@ def test_equal_passes(finished: Path) -> None:
 def test_contenders_differ_in_their_training_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_quick(monkeypatch)
     contenders = "compare.contenders=[{name='one'}, {name='two', method={name='pgd_at'}}, {name='other', ema=0.5}]"
-    outcome = nas(
-        "compare", comparison_recipe(tmp_path), "--out", "run", *settings(contenders, "compare.seeds=[0, 1]", "train.epochs=1")
-    )  # fmt: skip
+    both = settings(contenders, "compare.seeds=[0, 1]", "train.epochs=1")
+    outcome = nas("compare", comparison_recipe(tmp_path), "--out", "run", *both)
     assert outcome.status == 0, outcome.err
     results = results_of(Path("run"))
     digests = {c["name"]: [run["digest"] for run in c["runs"]] for c in results["contenders"]}
