@@ -147,10 +147,11 @@ def model_folder(run: RunDirectory, model: str) -> Path:
 
 def found_genotype(run: RunDirectory) -> AnyGenotype:
     """The genotype the run searched for or was given."""
+    place = run.path / ("run.json" if run.command == "compare" else "search/result.json")
     try:
-        return genotype_from_data(run.needed("search")["genotype"])
+        return genotype_from_data(run.genotype if run.command == "compare" else run.needed("search")["genotype"])
     except (KeyError, TypeError, GenotypeError) as error:
-        raise InputError(f"{run.path / 'search' / 'result.json'} is damaged: {error}") from None
+        raise InputError(f"{place} is damaged: {error}") from None
 
 
 def _search(context: Context) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from nas.report import curves
-from nas.report.comparison_table import MARKS, columns, legend
+from nas.report.comparison_table import MARKS, PLUS_MINUS, Column, columns, legend
 from nas.report.curves import Interval, Series
 from nas.report.page import template
 from nas.tensor_file import write_text
@@ -30,10 +30,7 @@ def render(results: Data) -> str:
         {
             "name": contender["name"],
             "reference": contender["name"] == results["reference"],
-            "cells": [
-                {"text": column.text(results, contender), "share": column.share(contender), "number": column.number}
-                for column in shown[1:]
-            ],
+            "cells": [_cell(column, results, contender) for column in shown[1:]],
         }
         for contender in contenders
     ]
@@ -50,6 +47,18 @@ def render(results: Data) -> str:
         training=_training(contenders),
         methods={contender["name"]: _in_words(contender["method"]) for contender in contenders},
     )
+
+
+def _cell(column: Column, results: Data, contender: Data) -> dict[str, Any]:
+    """A cell; the deviation apart, which stands below the mean."""
+    text, sign, deviation = column.text(results, contender).partition(f" {PLUS_MINUS} ")
+    return {
+        "text": text,
+        "deviation": f"{PLUS_MINUS} {deviation}" if sign else "",
+        "share": column.share(contender),
+        "number": column.number,
+        "verdict": next((word for word, mark in MARKS.items() if text.startswith(mark)), ""),
+    }
 
 
 def _intervals(results: Data) -> list[Interval]:

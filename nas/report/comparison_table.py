@@ -36,19 +36,16 @@ def columns(results: Data) -> list[Column]:
     return [
         Column("contender", lambda results, contender: contender["name"], number=False),
         Column("natural", lambda results, contender: spread(contender.get("natural")), _mean_of("natural")),
-        *(
-            Column(name, _attack_text(name), _attack_share(name), attack=True)
-            for name in names
-        ),
         Column("worst case", lambda results, contender: spread(contender.get("worst_case")), _mean_of("worst_case")),
         Column("95 % interval", lambda results, contender: interval(contender.get("interval"))),
-        *([Column("certified (0, sigma)", lambda results, contender: certified_text(contender))] if certified else []),
         Column("masking", lambda results, contender: masking(contender), number=False),
+        *(Column(name, _attack_text(name), _attack_share(name), attack=True) for name in names),
+        *([Column("certified (0, sigma)", lambda results, contender: certified_text(contender))] if certified else []),
         Column("epochs", lambda results, contender: f"{contender['epochs']}"),
         Column("passes", lambda results, contender: f"{contender['passes']['relative']:.2f}"),
         Column("seconds", lambda results, contender: seconds(results, contender)),
         Column("memory", lambda results, contender: memory(results, contender)),
-    ]  # fmt: skip
+    ]
 
 
 def markdown(results: Data) -> str:

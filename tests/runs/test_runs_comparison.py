@@ -162,14 +162,15 @@ def test_markdown_page_and_terminal_say_the_same(finished: Path) -> None:
     lines = (finished / "table.md").read_text().splitlines()
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     header, rows = table[0], {row[0]: dict(zip(table[0], row, strict=True)) for row in table[2:]}
-    assert header[:4] == ["contender", "natural", "fgsm", "pgd x 2"]
+    assert header[:7] == ["contender", "natural", "worst case", "95 % interval", "masking", "fgsm", "pgd x 2"]
     assert header[-4:] == ["epochs", "passes", "seconds", "memory"]
     page = (finished / "report.html").read_text()
     for entry in results["contenders"]:
         row, worst = rows[entry["name"]], entry["worst_case"]
         assert row["worst case"] == f"{100 * worst['mean']:.1f} ± {100 * worst['deviation']:.1f}"
         assert row["masking"] == "▲ warn"
-        assert f">{row['worst case']}</td>" in page
+        mean, deviation = row["worst case"].split(" ± ")
+        assert f'>{mean} <span class="interval">± {deviation}</span></td>' in page
     assert rows["guarded"]["seconds"] == ABSENT != rows["none"]["seconds"]
     assert rows["at"]["passes"] == "1.00"
     again = nas("report", finished)
@@ -307,6 +308,9 @@ def test_genotypes(tmp_path: Path, finished: Path) -> None:
     (tmp_path / "mine.json").write_text(json.dumps(StageGenotype("plain", (1, 1), (4, 8)).to_data()))
     found = read_genotype_of(recipe_of(tmp_path, f"compare.genotype='{tmp_path}/mine.json'", *size))
     assert found == StageGenotype("plain", (1, 1), (4, 8))
+    # Another comparison's.
+    assert read_genotype_of(recipe_of(tmp_path, f"compare.genotype='{finished}'", *size)).widths == (4,)
+    assert nas("analyse", finished, "--json").json()[0]["genotype"]["widths"] == [4]
 
 
 def test_a_searched_network_is_compared(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
