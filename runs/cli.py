@@ -345,8 +345,9 @@ def list_(
     if as_json:
         print(json.dumps(rows))
         return
+    width = max(map(len, rows), default=0) + 1
     for name, text in rows.items():
-        out_console.print(f"{name:<16} {text}", markup=False, highlight=False)
+        out_console.print(f"{name:<{width}} {text}", markup=False, highlight=False)
 
 
 def _module_summary(name: str) -> str:
