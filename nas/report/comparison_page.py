@@ -123,6 +123,9 @@ def _training(contenders: Sequence[Data]) -> list[dict[str, Any]]:
             shares = [(record["epoch"] + 1) / len(records) for record in records]
             values = [record.get(key) for record in records]
             series.append(Series(contender["name"], shares, values, index, index // 6))
+        # Where only the last epoch was validated there is no way to see.
+        if all(len(one.points) < 2 for one in series):
+            continue
         if picture := curves.curves(caption, series, unit="share", top=1.0, axis="share of the training"):
             pictures.append({"caption": caption, "picture": Markup(picture)})
     return pictures

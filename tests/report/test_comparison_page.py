@@ -21,7 +21,7 @@ def contender(name, worst, **more):
         "interval": [worst - 0.1, worst + 0.1],
         "digest": "abc",
         "checks": CHECKS,
-        "training": [{"epoch": 0, "validation_robust": worst, "validation_natural": 0.9}],
+        "training": [{"epoch": i, "validation_robust": worst, "validation_natural": 0.9} for i in (0, 1)],
     }
     return {
         "name": name,
@@ -142,6 +142,10 @@ def test_what_was_not_measured_is_absent():
     page = render(results(contender("base", 0.5)))
     for text in ('id="certified"', 'id="detection"', "± sample deviation"):
         assert text not in page
+    assert page.count("<svg") == 3
+    last_only = contender("base", 0.5)
+    del last_only["runs"][0]["training"][0]["validation_robust"]
+    assert render(results(last_only)).count("<svg") == 2
 
 
 @pytest.mark.parametrize("change", [lambda r: r, copy.deepcopy])
