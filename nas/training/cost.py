@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from nas.data.batches import batch_count, batches
 from nas.data.image_data import ImageData
 from nas.data.split import Split
-from nas.objective import Objective, Prepares, Replays, Setting, State, TrainsOn, gradients_of
+from nas.objective import Objective, Replays, Setting, State, TrainsOn, gradients_of, kept_by, prepared
+from nas.prediction import networks_in
 from nas.randomness import generator
 from nas.training.loop import Training
 
@@ -37,7 +38,7 @@ class Passes:
 
 @contextmanager
 def counted(model: nn.Module) -> Iterator[Passes]:
-    """Counts passes of ``model`` and of copies made of it meanwhile.
+    """Counts passes of ``model``, or of each network of an ensemble, and of copies made of it meanwhile.
 
     A gradient of a gradient is two passes: back through the backward pass, and through the forward pass again. Other
     networks (a teacher, a generator) and passes through parts of the model alone are not counted.
@@ -58,11 +59,12 @@ def counted(model: nn.Module) -> Iterator[Passes]:
         if output.requires_grad:
             output.register_hook(back)
 
-    handle = model.register_forward_hook(after)
+    handles = [network.register_forward_hook(after) for network in networks_in(model).values()]
     try:
         yield passes
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)
@@ -103,16 +105,15 @@ def measure(
     The step is carried out twice: the first, not counted, makes what is made once.
     """
     with counted(model) as passes:
-        if isinstance(objective, Prepares):
-            setting = Setting(model, data, split, seed, training.epochs, training.batch_size)
-            objective = objective.prepare(setting)
+        objective = prepared(objective, Setting(model, data, split, seed, training.epochs, training.batch_size))
     preparation = passes.total
     x, y, indices = data.x_train, data.y_train, split.training.to(data.x_train.device)
-    if isinstance(objective, TrainsOn):
-        x, y = objective.training_images()
+    own, again = kept_by(objective, TrainsOn), kept_by(objective, Replays)
+    if own is not None:
+        x, y = own.training_images()
         indices = torch.arange(len(y), device=y.device)
     batch = next(batches(x, y, indices, batch_size=training.batch_size, drop_last=True))
-    replays = objective.replays if isinstance(objective, Replays) else 1
+    replays = 1 if again is None else again.replays
     steps = replays * batch_count(len(indices), training.batch_size, True)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     epoch = training.epochs // 2
