@@ -155,7 +155,7 @@ def main() -> None:
     data = TASKS[options.task].data(options.data)
     report: dict[str, Any] = {
         "command": f"python -m benchmarks.adv_kip --task {options.task} --steps {options.steps} "
-        f"--epochs {options.epochs}",
+        f"--epochs {options.epochs} --seeds {' '.join(map(str, options.seeds))}",
         "task": options.task,
         "images": options.images,
         "test": min(options.test, len(data.y_test)),

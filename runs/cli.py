@@ -11,7 +11,7 @@ import typer
 
 from nas.errors import Failure, InputError, nearest
 from runs.cli_finished import attack, compress, export, report
-from runs.show import error_console, models_table, next_commands, out_console, topology_table
+from runs.show import comparison_table, error_console, models_table, next_commands, out_console, topology_table
 from search_spaces.genotype import AnyGenotype, Genotype, GenotypeError
 
 app = typer.Typer(
@@ -118,6 +118,23 @@ def train(
     _start("train", recipe, resume, overrides, out, seed, as_json, loaded)
 
 
+@app.command()
+def compare(
+    recipe: RecipeArgument = None,
+    genotype: Annotated[
+        str | None, typer.Option(help="A genotype file, a published name or a run, instead of the recipe's.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue this run directory.")] = None,
+    set_: Set = None,
+    out: Out = None,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Train one architecture several ways, attack every result alike, and set them side by side in one table."""
+    overrides = [*(set_ or []), *([f"compare.genotype={json.dumps(genotype)}"] if genotype else [])]
+    _start("compare", recipe, resume, overrides, out, seed, as_json)
+
+
 def _start(
     command: str,
     recipe: str | None,
@@ -130,6 +147,7 @@ def _start(
     memory_budget: float | None = None,
 ) -> None:
     """Create or continue a run, carry it out, and say what came of it."""
+    from runs.comparison import read_genotype_of
     from runs.directory import check_same_recipe, create, default_path, open_run
     from runs.pipeline import carry_out
     from runs.progress import observer
@@ -157,6 +175,11 @@ def _start(
     else:
         built = build(table)
         device_of(built.general.device)
+        if command == "compare":
+            genotype = read_genotype_of(built)
+            data = genotype.to_data()
+        elif command in ("run", "search") and "search" not in table:
+            raise InputError(f"recipe '{recipe}' has no [search] table: nas compare {recipe} is what it is for")
         if isinstance(genotype, Genotype):
             check_size("train", genotype.layout, built.train.cells, built.train.channels or 1)
         _prepare_kernels()
@@ -202,9 +225,17 @@ def _conclude(directory: Any, as_json: bool, recipe: list[str]) -> None:
     if as_json:
         print(json.dumps(results))
         return
-    models_table(results["models"])
+    if directory.command == "compare":
+        comparison_table(results)
+    else:
+        models_table(results["models"])
     for line in results["verdict"]:
         out_console.print(line, markup=False, highlight=False)
+    if directory.command == "compare":
+        first = results["contenders"][0]
+        model = f"{first['network']}-{results['seeds'][0]}"
+        next_commands(["open", path / "report.html"], ["nas", "attack", path, "--model", model, "--suite", "standard"])
+        return
     next_commands(
         ["open", path / "report.html"],
         ["nas", "attack", path, "--attack", "pgd", "--set", "steps=100"],
@@ -314,8 +345,9 @@ def list_(
     if as_json:
         print(json.dumps(rows))
         return
+    width = max(map(len, rows), default=0) + 1
     for name, text in rows.items():
-        out_console.print(f"{name:<16} {text}", markup=False, highlight=False)
+        out_console.print(f"{name:<{width}} {text}", markup=False, highlight=False)
 
 
 def _module_summary(name: str) -> str:

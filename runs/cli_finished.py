@@ -181,6 +181,7 @@ def export(
 
 def report(path: RunArgument) -> None:
     """Write the HTML page of a finished run again."""
+    from runs.comparison import write_comparison_page
     from runs.directory import open_run, read_json
     from runs.tasks import write_page
 
@@ -189,5 +190,6 @@ def report(path: RunArgument) -> None:
         raise InputError(f"{path} is a search, which has no report: nas analyse {path} shows what it found")
     if not (path / "results.json").exists():
         raise InputError(f"{path} is not finished: nas {run_directory.command} --resume {path} finishes it")
-    page = write_page(run_directory, read_json(path / "results.json"))
+    write = write_comparison_page if run_directory.command == "compare" else write_page
+    page = write(run_directory, read_json(path / "results.json"))
     out_console.print(str(page), markup=False, highlight=False)

@@ -57,6 +57,25 @@ def check_keys(
             raise InputError(f"unknown key '{key}' in {place}: {hint}")
 
 
+def name_of(entries: dict[str, Any], where: str) -> str:
+    """Takes the "name" of what a table describes out of its ``entries``."""
+    if "name" not in entries:
+        raise InputError(f"{where}.name is missing: it says which one to use")
+    name = entries.pop("name")
+    if not isinstance(name, str):
+        raise InputError(f"{where}.name must be a text, not {name!r}")
+    return name
+
+
+def chosen(table: object, where: str, kinds: Mapping[str, type]) -> Any:
+    """An instance of the one of ``kinds`` that a table names."""
+    entries = dict(mapping(table, where))
+    name = name_of(entries, where)
+    if name not in kinds:
+        raise InputError(f"unknown {where} '{name}': {nearest(name, kinds)}")
+    return construct(kinds[name], entries, where, ("name",))
+
+
 def plain(value: Any) -> Any:
     """Dataclasses as nested tables, for the record of a run."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -82,10 +101,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return TypeAdapter(hint).validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
         reason = error.errors()[0]["msg"].replace("Input should be", "it should be")
-        raise InputError(f"{where} = {_short(value)} is wrong: {reason} ({_name(hint)})") from None
+        raise InputError(f"{where} = {_short(value)} is wrong: {reason} ({_type(hint)})") from None
 
 
-def _name(hint: Any) -> str:
+def _type(hint: Any) -> str:
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is not None:
         return str(hint).replace("typing.", "")
     return getattr(hint, "__name__", str(hint))

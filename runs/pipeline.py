@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from nas.errors import Failure, InputError
+from runs import comparison
 from runs.directory import RunDirectory, open_run
 from runs.progress import Observer
 from runs.recipe import Recipe, build
@@ -41,7 +42,7 @@ def carry_out(run: RunDirectory, observer: Observer) -> None:
     """Do all tasks of ``run`` that are not done yet. Call it inside ``run.locked()``."""
     recipe = build(run.table)
     device_of(recipe.general.device)
-    tasks = plan(recipe, run.command)
+    tasks = _plan(run, recipe)
     pending = [task for task in tasks if run.result(task.name) is None]
     for task in tasks:
         if task not in pending:
@@ -53,6 +54,11 @@ def carry_out(run: RunDirectory, observer: Observer) -> None:
             observer.finished(task.name, seconds)
         return
     _carry_out_in_workers(run, recipe.general.workers, pending, observer)
+
+
+def _plan(run: RunDirectory, recipe: Recipe) -> list[Task]:
+    """What the command that began the run consists of."""
+    return comparison.plan(recipe) if run.command == "compare" else plan(recipe, run.command)
 
 
 def _do(run: RunDirectory, recipe: Recipe, task: Task, tick: Callable[[float], None]) -> float:
@@ -76,7 +82,7 @@ class _Worker:
 def _carry_out_in_workers(run: RunDirectory, count: int, pending: list[Task], observer: Observer) -> None:
     workers: list[_Worker] = []
     try:
-        done = {task.name for task in plan(build(run.table), run.command)} - {task.name for task in pending}
+        done = {task.name for task in _plan(run, build(run.table))} - {task.name for task in pending}
         waiting = list(pending)
         alone = {task.name for task in pending if task.alone}
         while waiting or any(worker.task for worker in workers):
@@ -158,7 +164,7 @@ def _work(connection: Connection, path: str, parent: int) -> None:
         fcntl.flock(lock, fcntl.LOCK_SH)
         run = open_run(Path(path))
         recipe = build(run.table)
-        tasks = {task.name: task for task in plan(recipe, run.command)}
+        tasks = {task.name: task for task in _plan(run, recipe)}
         while True:
             try:
                 name = connection.recv()

@@ -20,9 +20,10 @@ from nas.search.bilevel import Search
 from nas.search.perturbation_memory import check_can_start
 from nas.search.relaxation import Mixture, SampledPath
 from nas.threat_model import ThreatModel
-from nas.training.auxiliary import WithAuxiliary
 from nas.training.loop import Training
-from runs.construct import check_keys, construct, mapping
+from nas.training.weight_perturbation import WeightPerturbation
+from runs.construct import check_keys, chosen, construct, mapping, name_of
+from runs.contenders import ComparePart, compare_from
 from search_spaces.catalogue import spaces
 from search_spaces.cell_space import CellSpace
 from search_spaces.genotype import StageGenotype
@@ -90,6 +91,7 @@ class TrainPart:
     """Training a discovered network: its size, the method, and the attack that judges checkpoints.
 
     cells and either channels, the base channels, or parameters, the size for which the channels are chosen.
+    weight_perturbation: gamma of adversarial weight perturbation, 0 for none.
     """
 
     training: Training
@@ -99,8 +101,11 @@ class TrainPart:
     cells: int
     channels: int = 0
     parameters: int = 0
+    weight_perturbation: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.weight_perturbation:
+            WeightPerturbation(self.objective, self.weight_perturbation)
         if min(self.channels, self.parameters) < 0 or (self.channels > 0) == (self.parameters > 0):
             raise InputError(
                 "give either channels or parameters (the size for which channels are chosen) above 0, the other "
@@ -180,6 +185,7 @@ class Recipe:
     baselines: Baselines
     evaluate: EvaluatePart
     table: Table = field(repr=False)
+    compare: ComparePart | None = None
 
 
 def shipped() -> dict[str, Path]:
@@ -213,22 +219,23 @@ def read_table(name_or_path: str, overrides: Sequence[str] = (), seed: int | Non
 
 def build(table: Table) -> Recipe:
     """The objects a recipe's tables describe. Raises ``InputError`` for the first thing that is wrong."""
-    parts = ("data", "threat_model", "space", "search", "train", "compress", "baselines", "evaluate")
+    parts = ("data", "threat_model", "space", "search", "train", "compress", "baselines", "evaluate", "compare")
     general_fields = [f.name for f in dataclasses.fields(General)]
     check_keys(table, [*general_fields, *parts], "")
     for required in ("data", "search", "train", "evaluate"):
-        if required not in table:
+        if required not in table and not (required == "search" and "compare" in table):
             raise InputError(f"the recipe has no [{required}] table")
     general = construct(General, {key: table[key] for key in general_fields if key in table}, "recipe")
     threat_model = construct(ThreatModel, table.get("threat_model", {}), "threat_model")
-    train = _train(table["train"], threat_model)
+    compared = mapping(table["compare"], "compare") if "compare" in table else {}
+    size = HOLDS_ITS_SIZE if isinstance(compared.get("genotype"), Mapping) and "depths" in compared["genotype"] else {}
+    train_table = {**size, **mapping(table["train"], "train")}
+    train = _train(train_table, threat_model)
     space = _space(table.get("space", {"name": "dsara"}))
-    search = _search(table["search"], threat_model)
-    for where, cells, channels in (
-        ("search", search.settings.cells, search.settings.channels),
-        ("train", train.cells, train.channels or 1),
-    ):
-        check_size(where, space.layout, cells, channels)
+    search = _search(table.get("search", {}), threat_model)
+    if "search" in table:
+        check_size("search", space.layout, search.settings.cells, search.settings.channels)
+        check_size("train", space.layout, train.cells, train.channels or 1)
     return Recipe(
         general=general,
         data=_data(table["data"]),
@@ -239,6 +246,9 @@ def build(table: Table) -> Recipe:
         compress=_compress(table["compress"], train.training) if "compress" in table else None,
         baselines=construct(Baselines, table.get("baselines", {}), "baselines"),
         evaluate=_evaluate(table["evaluate"], threat_model),
+        compare=compare_from(compared, train_table, lambda changed, where: _train(changed, threat_model, where))
+        if "compare" in table
+        else None,
         table=copy.deepcopy(dict(table)),
     )
 
@@ -266,7 +276,7 @@ def attack_from(
 ) -> Attack:
     """The attack a table names; ``defaults`` fill fields the attack has and the table does not state."""
     entries = dict(mapping(table, where))
-    cls = plugins.load("attacks", _name(entries, where))
+    cls = plugins.load("attacks", name_of(entries, where))
     fields = {f.name for f in dataclasses.fields(cls)}
     entries = {**{key: value for key, value in (defaults or {}).items() if key in fields}, **entries}
     attack: Attack = construct(cls, entries, where, ("name",), threat_model=threat_model)
@@ -287,7 +297,7 @@ def method_from(
     PGD where none is.
     """
     entries = dict(mapping(table, where))
-    name = _name(entries, where)
+    name = name_of(entries, where)
     cls = plugins.load("training", name)
     given: dict[str, Any] = {}
     if "attack" in {f.name for f in dataclasses.fields(cls)}:
@@ -308,27 +318,18 @@ def method_from(
     return objective
 
 
-def _name(entries: dict[str, Any], where: str) -> str:
-    if "name" not in entries:
-        raise InputError(f"{where}.name is missing: it says which one to use")
-    name = entries.pop("name")
-    if not isinstance(name, str):
-        raise InputError(f"{where}.name must be a text, not {name!r}")
-    return name
-
-
 def _data(table: object) -> DataPart:
     entries = dict(mapping(table, "data"))
     shares = {key: entries.pop(key) for key in ("architecture", "validation") if key in entries}
     source = construct(
-        plugins.load("data", _name(entries, "data")), entries, "data", ("name", "architecture", "validation")
+        plugins.load("data", name_of(entries, "data")), entries, "data", ("name", "architecture", "validation")
     )
     return construct(DataPart, shares, "data", source=source)
 
 
 def _space(table: object) -> CellSpace:
     entries = dict(mapping(table, "space"))
-    name = _name(entries, "space")
+    name = name_of(entries, "space")
     space = spaces().get(name)
     if not isinstance(space, CellSpace):
         cell_spaces = [key for key, value in spaces().items() if isinstance(value, CellSpace)]
@@ -349,11 +350,11 @@ def _search(table: object, threat_model: ThreatModel) -> SearchPart:
     entries = dict(mapping(table, "search"))
     attack_table = entries.pop("attack", {"name": "pgd"})
     method_table = entries.pop("method", {"name": "pgd_at"})
-    chosen = {
-        "gradient": _chosen(entries.pop("gradient", {"name": "unrolled"}), "search.gradient", GRADIENTS),
-        "relaxation": _chosen(entries.pop("relaxation", {"name": "mixture"}), "search.relaxation", RELAXATIONS),
+    parts = {
+        "gradient": chosen(entries.pop("gradient", {"name": "unrolled"}), "search.gradient", GRADIENTS),
+        "relaxation": chosen(entries.pop("relaxation", {"name": "mixture"}), "search.relaxation", RELAXATIONS),
     }
-    settings = construct(Search, entries, "search", ("attack", "method", *chosen), **chosen)
+    settings = construct(Search, entries, "search", ("attack", "method", *parts), **parts)
     for index, stage in enumerate(settings.stages):
         for name in stage.objectives:
             if name not in SEARCH_OBJECTIVES:
@@ -378,43 +379,39 @@ GRADIENTS: Mapping[str, type] = {"first_order": FirstOrder, "unrolled": Unrolled
 RELAXATIONS: Mapping[str, type] = {"mixture": Mixture, "sampled_path": SampledPath}
 
 
-def _chosen(table: object, where: str, kinds: Mapping[str, type]) -> Any:
-    """An instance of the one of ``kinds`` that a table names."""
-    entries = dict(mapping(table, where))
-    name = _name(entries, where)
-    if name not in kinds:
-        raise InputError(f"unknown {where} '{name}': {nearest(name, kinds)}")
-    return construct(kinds[name], entries, where, ("name",))
-
-
-TRAIN_KEYS = ("attack", "method", "validation_attack", "auxiliary_weight", "channels", "cells", "parameters")
+SIZES = ("channels", "cells", "parameters", "weight_perturbation")
+TRAIN_KEYS = ("attack", "method", "validation_attack", "auxiliary_weight", *SIZES)
 """Keys of [train] beside those of the training loop."""
 
 
-def _train(table: object, threat_model: ThreatModel) -> TrainPart:
-    entries = dict(mapping(table, "train"))
+def _train(table: object, threat_model: ThreatModel, where: str = "train") -> TrainPart:
+    entries = dict(mapping(table, where))
     attack_table = entries.pop("attack", {})
     method_table = entries.pop("method", {"name": "pgd_at"})
     validation_table = entries.pop("validation_attack", {"name": "pgd", "steps": 10})
     auxiliary_weight = entries.pop("auxiliary_weight", 0.0)
     if isinstance(auxiliary_weight, bool) or not isinstance(auxiliary_weight, int | float) or auxiliary_weight < 0:
-        raise InputError(f"train.auxiliary_weight must be a number of at least 0, not {auxiliary_weight!r}")
-    size = {key: entries.pop(key) for key in ("channels", "cells", "parameters") if key in entries}
-    objective = method_from(method_table, "train.method", attack_table, "train.attack", threat_model)
+        raise InputError(f"{where}.auxiliary_weight must be a number of at least 0, not {auxiliary_weight!r}")
+    size = {key: entries.pop(key) for key in SIZES if key in entries}
+    objective = method_from(method_table, f"{where}.method", attack_table, f"{where}.attack", threat_model)
     if auxiliary_weight and isinstance(objective, Gradients):
         raise InputError(
-            f"train.auxiliary_weight = {auxiliary_weight}: {type(objective).__name__} has gradients of its own, and an "
-            "auxiliary head cannot join in: set it to 0"
+            f"{where}.auxiliary_weight = {auxiliary_weight}: {type(objective).__name__} has gradients of its own, and "
+            "an auxiliary head cannot join in: set it to 0"
         )
     return construct(
         TrainPart,
         size,
-        "train",
-        training=construct(Training, entries, "train", TRAIN_KEYS),
+        where,
+        training=construct(Training, entries, where, TRAIN_KEYS),
         objective=objective,
         auxiliary_weight=float(auxiliary_weight),
-        validation_attack=attack_from(validation_table, "train.validation_attack", threat_model),
+        validation_attack=attack_from(validation_table, f"{where}.validation_attack", threat_model),
     )
+
+
+HOLDS_ITS_SIZE = {"cells": 1, "channels": 1}
+"""Stands for the size of a network whose genotype holds it."""
 
 
 def _compress(table: object, training: Training) -> CompressPart:
@@ -424,11 +421,11 @@ def _compress(table: object, training: Training) -> CompressPart:
         "learning_rate": training.optimiser.learning_rate / 4,
         **mapping(entries.pop("fine_tune", {}), "compress.fine_tune"),
     }
-    chosen: FineTune = construct(FineTune, fine_tune, "compress.fine_tune")
-    optimiser = dataclasses.replace(training.optimiser, learning_rate=chosen.learning_rate)
-    name = _name(entries, "compress")
+    tuning: FineTune = construct(FineTune, fine_tune, "compress.fine_tune")
+    optimiser = dataclasses.replace(training.optimiser, learning_rate=tuning.learning_rate)
+    name = name_of(entries, "compress")
     method = construct(plugins.load("compression", name), entries, "compress", ("name", "fine_tune"))
-    return CompressPart(method, name, dataclasses.replace(training, epochs=chosen.epochs, optimiser=optimiser))
+    return CompressPart(method, name, dataclasses.replace(training, epochs=tuning.epochs, optimiser=optimiser))
 
 
 def _evaluate(table: object, threat_model: ThreatModel) -> EvaluatePart:
@@ -440,7 +437,7 @@ def _evaluate(table: object, threat_model: ThreatModel) -> EvaluatePart:
     for index, item in enumerate(trial_tables):
         where = f"evaluate.trials[{index}]"
         trial = dict(mapping(item, where))
-        label = _name(trial, where)
+        label = name_of(trial, where)
         check_keys(trial, ("attack", "restarts"), where)
         if label in trials:
             raise InputError(f"{where}: there are two trials named '{label}'")
@@ -480,10 +477,3 @@ def override_key(table: dict[str, Any], override: str) -> None:
         target[int(path[-1])] = value
     else:
         target[path[-1]] = value
-
-
-def network_objective(train: TrainPart) -> tuple[Objective, bool]:
-    """The training objective with its auxiliary head if the recipe weighs one, and whether it does."""
-    if train.auxiliary_weight:
-        return WithAuxiliary(train.objective, train.auxiliary_weight), True
-    return train.objective, False

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+from nas.report.comparison_table import columns as comparison_columns
 
 out_console = Console(soft_wrap=True)
 error_console = Console(stderr=True, soft_wrap=True)
@@ -38,6 +41,19 @@ def models_table(models: list[dict[str, Any]]) -> None:
             f"{model['worst_case']:.1%}",
             f"{low:.1%} {high:.1%}",
         )
+    out_console.print(table)
+
+
+def comparison_table(results: Mapping[str, Any]) -> None:
+    """The contenders of a comparison: accuracies, cost; the single attacks are in the report."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    columns = [column for column in comparison_columns(results) if not column.attack]
+    for column in columns:
+        table.add_column(column.title, no_wrap=True, justify="right" if column.number else "left")
+    for contender in results["contenders"]:
+        table.add_row(*(escape(column.text(results, contender)) for column in columns))
+    # Cells that are cut off would say less than lines that are too long.
+    table.width = out_console.measure(table, options=out_console.options.update(max_width=1000)).maximum
     out_console.print(table)
 
 

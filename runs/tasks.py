@@ -38,6 +38,7 @@ from nas.training.cost_sensitive import class_table, protected_by
 from nas.training.loop import Training, train
 from nas.training.pgd_at import PgdAt
 from nas.training.standard import Standard
+from nas.training.weight_perturbation import WeightPerturbation
 from runs.directory import RunDirectory, flatten, read_json, write_json
 from runs.judging import Bench, judge
 from runs.metrics import MetricsLog
@@ -146,10 +147,11 @@ def model_folder(run: RunDirectory, model: str) -> Path:
 
 def found_genotype(run: RunDirectory) -> AnyGenotype:
     """The genotype the run searched for or was given."""
+    place = run.path / ("run.json" if run.command == "compare" else "search/result.json")
     try:
-        return genotype_from_data(run.needed("search")["genotype"])
+        return genotype_from_data(run.genotype if run.command == "compare" else run.needed("search")["genotype"])
     except (KeyError, TypeError, GenotypeError) as error:
-        raise InputError(f"{run.path / 'search' / 'result.json'} is damaged: {error}") from None
+        raise InputError(f"{place} is damaged: {error}") from None
 
 
 def _search(context: Context) -> dict[str, Any]:
@@ -247,17 +249,27 @@ def _train(name: str) -> Callable[[Context], dict[str, Any]]:
         else:
             drawn = run.needed("analyse")["random"][int(name.removeprefix("random-")) - 1]
             genotype, channels = genotype_from_data(drawn["genotype"]), drawn["channels"]
-        objective: Objective = recipe.train.objective
-        auxiliary = bool(recipe.train.auxiliary_weight) and isinstance(genotype, Genotype)
-        if auxiliary:
-            objective = WithAuxiliary(objective, recipe.train.auxiliary_weight)
-        spec = context.spec(genotype, channels)
-        spec = dataclasses.replace(spec, auxiliary=auxiliary, prediction=prediction_of(recipe.train.objective))
-        model = fresh(spec, derived_seed(context.seed, f"weights {name}")).to(context.device)
-        records = _fit(context, model, objective, recipe.train.training, run.folder(f"train/{name}"), name)
-        return _model_result(spec, model, run.folder(f"train/{name}"), records)
+        spec, model, objective = to_train(context, genotype, name, channels)
+        records = train_in(context, model, objective, recipe.train.training, run.folder(f"train/{name}"), name)
+        return model_result(spec, model, run.folder(f"train/{name}"), records)
 
     return work
+
+
+def to_train(
+    context: Context, genotype: AnyGenotype, name: str, channels: int = 0
+) -> tuple[ModelSpec, nn.Module, Objective]:
+    """The network of ``genotype`` with fresh weights, which depend on seed and ``name``, and what it is trained by."""
+    part = context.recipe.train
+    objective: Objective = part.objective
+    auxiliary = bool(part.auxiliary_weight) and isinstance(genotype, Genotype)
+    if auxiliary:
+        objective = WithAuxiliary(objective, part.auxiliary_weight)
+    if part.weight_perturbation:
+        objective = WeightPerturbation(objective, part.weight_perturbation)
+    spec = context.spec(genotype, channels)
+    spec = dataclasses.replace(spec, auxiliary=auxiliary, prediction=prediction_of(part.objective))
+    return spec, fresh(spec, derived_seed(context.seed, f"weights {name}")).to(context.device), objective
 
 
 def _required_plain(recipe: Recipe) -> AnyGenotype:
@@ -284,8 +296,8 @@ def compress_into(context: Context, part: CompressPart, source: Path, folder: Pa
     plain.load_state_dict({name: tensor for name, tensor in dense.state_dict().items() if name in kept})
     model = decided.apply(plain.to(context.device))
     objective = context.recipe.train.objective
-    records = _fit(context, model, objective, part.fine_tune, folder, f"compressed {part.name}")
-    result = _model_result(spec, model, folder, records)
+    records = train_in(context, model, objective, part.fine_tune, folder, f"compressed {part.name}")
+    result = model_result(spec, model, folder, records)
     result["plan"] = [{"name": p.name, "action": p.action, "reason": p.reason} for p in decided.layers]
     return result
 
@@ -297,9 +309,21 @@ def fresh(spec: ModelSpec, seed: int) -> nn.Module:
         return spec.build()
 
 
-def _fit(
-    context: Context, model: nn.Module, objective: Objective, training: Training, folder: Path, purpose: str
+def train_in(
+    context: Context,
+    model: nn.Module,
+    objective: Objective,
+    training: Training,
+    folder: Path,
+    purpose: str,
+    lap: Callable[[int], None] = lambda epoch: None,
 ) -> list[dict[str, Any]]:
+    """Train ``model`` in ``folder``; returns its records. lap: hears of every epoch that ends."""
+
+    def log(record: Mapping[str, Any]) -> None:
+        lap(record["epoch"])
+        metrics.log(record)
+
     with MetricsLog(folder) as metrics:
         return train(
             model,
@@ -310,13 +334,14 @@ def _fit(
             validation_attack=context.recipe.train.validation_attack,
             seed=derived_seed(context.seed, f"train {purpose}"),
             checkpoint=folder / "checkpoint.safetensors",
-            log=metrics.log,
+            log=log,
             history=metrics.restore,
             tick=context.tick,
         )
 
 
-def _model_result(spec: ModelSpec, model: nn.Module, folder: Path, records: list[dict[str, Any]]) -> dict[str, Any]:
+def model_result(spec: ModelSpec, model: nn.Module, folder: Path, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Save the trained ``model`` in ``folder``; what a task says of it."""
     save_model(spec, model, folder)
     size = complexity(spec)
     return {

@@ -127,7 +127,7 @@ def curves(
             axes.axvline(boundary, color=FRAME, linewidth=0.9, linestyle=(0, (2, 2)))
         # All epochs, also those without a value, so that the pictures of one search have the same axis.
         epochs = [epoch for one in series for epoch in one.epochs]
-        margin = max(0.5 if axis == "epoch" else 0.0, 0.02 * (max(epochs) - min(epochs)))
+        margin = max(0.5 if axis == "epoch" else 0.0, 0.02 * (max(epochs) - min(epochs))) or 0.5
         axes.set_xlim(min(epochs) - margin, max(epochs) + margin)
         _stage_numbers(axes, boundaries)
         axes.set_xlabel(axis)

@@ -31,7 +31,7 @@ class Ard:
     """
 
     attack: Attack = field(default_factory=Pgd)
-    teacher: str = ""
+    teacher: str = field(kw_only=True)
     alpha: float = 1.0
     temperature: float = 30.0
 

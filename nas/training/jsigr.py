@@ -20,9 +20,9 @@ from nas.objective import Attack, Batch, Metrics, State
 
 @dataclass(frozen=True)
 class JSigr:
-    """J-SIGR: a small Jacobian, and input gradients that keep to the pixels which perturbation calls salient.
+    """J-SIGR (reconstruction): a small Jacobian, and input gradients only where perturbation finds the image salient.
 
-    Reconstruction after Liu et al., Pattern Recognition 145 (2024) 109902, arXiv 2207.13036, of which the abstract
+    After Liu et al., Pattern Recognition 145 (2024) 109902, arXiv 2207.13036, of which the abstract
     alone was read; it promises no published number. Minimises
 
         CE + jacobian_weight |J|_F^2 / 2 + saliency_weight |(1 - m) g|_2^2,

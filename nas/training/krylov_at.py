@@ -15,9 +15,9 @@ from nas.objective import Attack, Batch, Metrics, State
 
 @dataclass(frozen=True)
 class KrylovAt:
-    """Krylov adversarial training: cross-entropy on second-order adversarial images, found without a Hessian.
+    """Krylov adversarial training (reconstruction): second-order adversarial images, found without a Hessian.
 
-    Reconstruction after Qian et al., arXiv 2207.01396 (and Int. J. Appl. Math. Comput. Sci. 34(3), 2024), of which the
+    After Qian et al., arXiv 2207.01396 (and Int. J. Appl. Math. Comput. Sci. 34(3), 2024), of which the
     abstracts alone were read; it promises no published number. The attack climbs the quadratic model of the loss in a
     Krylov subspace (``nas.attacks.krylov``); a recipe that names no attack gets it, and one that names another is
     refused: with one dimension, which is PGD, this is PGD adversarial training. A step of the attack with m dimensions

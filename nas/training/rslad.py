@@ -33,7 +33,7 @@ class Rslad:
     inner_loss: ClassVar[str] = "kl"
 
     attack: Attack = field(default_factory=lambda: Pgd(loss="kl"))
-    teacher: str = ""
+    teacher: str = field(kw_only=True)
     alpha: float = 5 / 6
 
     def __post_init__(self) -> None:

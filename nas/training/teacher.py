@@ -39,8 +39,6 @@ def load_teacher(folder: str, setting: Setting) -> Teacher:
 
     Raises ``InputError`` where there is none, or where it sees other images or knows other classes.
     """
-    if not folder:
-        raise InputError("distillation needs a teacher: set train.method.teacher to the folder of a finished network")
     path = Path(folder)
     if not (path / "model.json").exists():
         inside = sorted(found.parent for found in path.glob("*/*/model.json")) or sorted(

@@ -23,6 +23,7 @@ from nas.training.pgd_at import PgdAt
 from nas.training.rslad import DistilledByRslad, Rslad
 from nas.training.standard import Standard
 from nas.training.teacher import Teacher, divergence
+from runs.recipe import method_from
 from search_spaces.genotype import StageGenotype
 
 THREAT = ThreatModel("linf", 0.1)
@@ -56,7 +57,7 @@ class _Sure(nn.Module):
 
 def _distils(name, teacher, **settings):
     method, prepared, attack = MATCH[name]
-    return prepared(method(**{"attack": attack, **settings}), Teacher(teacher))
+    return prepared(method(**{"attack": attack, "teacher": "told apart", **settings}), Teacher(teacher))
 
 
 def _loss_and_gradients(objective, model, batch, seed=0):
@@ -270,7 +271,7 @@ def test_teachers_that_do_not_fit_are_refused(network, data, parts, tmp_path):
     more = _saved(tmp_path / "more", classes=("a", "b", "c", "d"))
     named = _saved(tmp_path / "named", classes=("a", "c", "b"))
     for folder, told in (
-        ("", "train.method.teacher"), (str(tmp_path / "nowhere"), "no model.json"),
+        (str(tmp_path / "nowhere"), "no model.json"),
         (str(tmp_path / "run"), "did you mean '.*run/train/searched'"), (wide, r"\(1, 9, 8\)"),
         (more, "4 of them"), (named, "'c' for 'b'"),
     ):  # fmt: skip
@@ -279,6 +280,11 @@ def test_teachers_that_do_not_fit_are_refused(network, data, parts, tmp_path):
                 method.prepare(setting)
     for settings in ({"alpha": 1.5}, {"alpha": float("nan")}, {"temperature": 0.0}):
         with pytest.raises(InputError):
-            Ard(**settings)
+            Ard(teacher=wide, **settings)
     with pytest.raises(InputError):
-        Rslad(alpha=-0.1)
+        Rslad(teacher=wide, alpha=-0.1)
+    for name in MATCH:
+        with pytest.raises(InputError, match=r"train\.method\.teacher is missing"):
+            method_from({"name": name}, "train.method", {}, "train.attack", THREAT)
+        told = method_from({"name": name, "teacher": wide}, "train.method", {}, "train.attack", THREAT)
+        assert told.attack == Pgd(THREAT, loss="kl" if name == "rslad" else "cross_entropy")

@@ -161,7 +161,7 @@ def test_weights_have_the_gradient_of_the_whole_loss(statistics, network):
         with torch.no_grad():
             for parameter, change in zip(other.parameters(), direction, strict=True):
                 parameter += step * change
-        return float(fixed(other, batch, _state())[0])
+        return fixed(other, batch, _state())[0].item()
 
     assert slope == pytest.approx((moved(1e-5) - moved(-1e-5)) / 2e-5, rel=1e-5)
     _, plain = _loss_and_gradients(Standard(), model, batch)
