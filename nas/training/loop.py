@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from nas.optimisation import Sgd, gradient_step, optimiser_tree, restore_optimis
 from nas.prediction import begin
 from nas.randomness import generator
 from nas.tensor_file import read_tree, write_tree
+from nas.training.extra_images import ExtraImages
 from nas.training.overfitting import collapse_warning, robust_overfitting
 from nas.training.weight_average import EpochAverage, MovingAverage
 
@@ -96,6 +98,7 @@ def train(
     *,
     validation_attack: Attack,
     seed: int,
+    extra: ExtraImages | None = None,
     checkpoint: Path | None = None,
     log: Callable[[Record], None] = lambda record: None,
     history: Callable[[list[Record]], None] = lambda records: None,
@@ -105,11 +108,11 @@ def train(
 
     Best means highest robust accuracy on ``split.validation``, then highest natural accuracy, then latest. The
     state is written to ``checkpoint`` after every epoch; a later call with the same arguments goes on from there
-    to the same result. ``log`` gets each epoch's record, ``history`` once all records so far, ``tick`` the progress.
-    A validated record says by how much robust accuracy is below the best so far (``robust_overfitting``), and warns of
-    catastrophic overfitting. What ``objective`` asks for beyond a loss (see ``nas.objective``) is heeded; it is
-    prepared here, in the folder of ``checkpoint``. Raises ``Diverged`` when a loss is not finite; the checkpoint then
-    holds the last good epoch.
+    to the same result. extra: images that make up a share of every batch. ``log`` gets each epoch's record, ``history``
+    once all records so far, ``tick`` the progress. A validated record says by how much robust accuracy is below the
+    best so far (``robust_overfitting``), and warns of catastrophic overfitting. What ``objective`` asks for beyond a
+    loss (see ``nas.objective``) is heeded; it is prepared here, in the folder of ``checkpoint``. Raises ``Diverged``
+    when a loss is not finite; the checkpoint then holds the last good epoch.
     """
     if len(split.validation) == 0:
         raise InputError("no validation images to choose a checkpoint by: set data.validation above 0")
@@ -126,6 +129,15 @@ def train(
     if own is not None:
         x, y = own.training_images()
         indices = torch.arange(len(y), device=device)
+    if own is not None and extra is not None:
+        raise InputError(f"{type(own).__name__} brings images of its own, which extra ones cannot join: leave one out")
+    rows_of: Callable[[int], Tensor] | None = None
+    if extra is not None:
+        more_x, more_y = extra(data, split)
+        more = torch.arange(len(y), len(y) + len(more_y), device=device)
+        x, y = torch.cat([x, more_x]), torch.cat([y, more_y])
+        rows_of = partial(extra.rows, indices, more, training.batch_size, seed)
+        rows_of(0)  # what does not fit is told before the first step
     replays = 1 if again is None else again.replays
     steps = replays * batch_count(len(indices), training.batch_size, True)
     average = training.average(model, steps)
@@ -151,9 +163,9 @@ def train(
         epoch_batches = batches(
             x,
             y,
-            indices,
+            indices if rows_of is None else rows_of(epoch),
             batch_size=training.batch_size,
-            shuffle=generator(seed, "order", epoch),
+            shuffle=generator(seed, "order", epoch) if rows_of is None else None,
             augmentation=training.augmentation,
             augmentation_generator=generator(seed, "augmentation", epoch, device=device),
             drop_last=True,
