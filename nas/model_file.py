@@ -136,7 +136,8 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[ModelS
         raise InputError(f"{path} is not JSON ({error})") from None
     try:
         spec = ModelSpec.from_data(data)
-        model = spec.build()
+        with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced
+            model = spec.build()
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except ValueError as error:

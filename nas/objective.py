@@ -32,7 +32,8 @@ Metrics = dict[str, Tensor]
 class Batch:
     """Images and labels on the device.
 
-    x: [N, C, H, W] float in [0, 1];  y: [N] int64;  indices: [N] int64, rows of the data set they came from.
+    x: [N, C, H, W] float in [0, 1];  y: [N] int64;  indices: [N] int64, rows of the data set they came from; those
+    beyond its end are of extra images.
     places: [N, H, W] int64, only where it was asked for: the pixel (row * W + column) of the unaugmented image that
     each pixel came from, -1 for one that augmentation put in.
     """

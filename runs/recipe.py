@@ -20,6 +20,7 @@ from nas.search.bilevel import Search
 from nas.search.perturbation_memory import check_can_start
 from nas.search.relaxation import Mixture, SampledPath
 from nas.threat_model import ThreatModel
+from nas.training.extra_images import ExtraImages
 from nas.training.loop import Training
 from nas.training.weight_perturbation import WeightPerturbation
 from runs.construct import check_keys, chosen, construct, mapping, name_of
@@ -63,11 +64,13 @@ class DataPart:
     """Where the images come from and how the training images are shared out.
 
     validation: share held out to choose checkpoints; architecture: share of the rest the architecture learns on.
+    extra: images that networks, but not a search, are trained on besides.
     """
 
     source: Any
     architecture: float = 0.5
     validation: float = 0.1
+    extra: ExtraImages | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.architecture < 1 or not 0 < self.validation < 1:
@@ -321,10 +324,11 @@ def method_from(
 def _data(table: object) -> DataPart:
     entries = dict(mapping(table, "data"))
     shares = {key: entries.pop(key) for key in ("architecture", "validation") if key in entries}
+    extra = construct(ExtraImages, entries.pop("extra"), "data.extra") if "extra" in entries else None
     source = construct(
-        plugins.load("data", name_of(entries, "data")), entries, "data", ("name", "architecture", "validation")
+        plugins.load("data", name_of(entries, "data")), entries, "data", ("name", "architecture", "validation", "extra")
     )
-    return construct(DataPart, shares, "data", source=source)
+    return construct(DataPart, shares, "data", source=source, extra=extra)
 
 
 def _space(table: object) -> CellSpace:

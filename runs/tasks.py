@@ -333,6 +333,7 @@ def train_in(
             training,
             validation_attack=context.recipe.train.validation_attack,
             seed=derived_seed(context.seed, f"train {purpose}"),
+            extra=context.recipe.data.extra,
             checkpoint=folder / "checkpoint.safetensors",
             log=log,
             history=metrics.restore,

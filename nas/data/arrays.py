@@ -16,7 +16,6 @@ from nas.data.pixel_layout import channels_first
 from nas.errors import InputError
 
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
-_REMEDY = "write it with numpy.savez(path, x_train=..., y_train=..., x_test=..., y_test=...)"
 # Of a damaged archive; RuntimeError stands for what zipfile cannot do, such as encryption.
 _BROKEN = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
@@ -39,9 +38,9 @@ class Arrays:
 
     def __call__(self) -> ImageData:
         path = Path(self.path).expanduser()
-        arrays = _read(path)
-        x_train, x_test = (_images(arrays[key], f"{path}: {key}") for key in ("x_train", "x_test"))
-        y_train, y_test = (_labels(arrays[key], f"{path}: {key}") for key in ("y_train", "y_test"))
+        arrays = read_npz(path, _KEYS)
+        x_train, x_test = (images_of(arrays[key], f"{path}: {key}") for key in ("x_train", "x_test"))
+        y_train, y_test = (labels_of(arrays[key], f"{path}: {key}") for key in ("y_train", "y_test"))
         classes = self.classes if self.classes is not None else _numbered(y_train, path)
         try:
             data = ImageData(path.stem, x_train, y_train, x_test, y_test, classes)
@@ -51,9 +50,15 @@ class Arrays:
         return data.limited(self.train_limit, self.test_limit, self.seed)
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
+def read_npz(path: Path, *choices: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file under the names of the first of ``choices`` that it has all of.
+
+    Raises ``InputError`` that names file, what is wrong and the remedy; nothing pickled is ever loaded.
+    """
+    keys = choices[0]
+    remedy = f"write it with numpy.savez(path, {', '.join(f'{key}=...' for key in keys)})"
     if not path.is_file():
-        raise InputError(f"{path}: there is no such file; give the path of an .npz file with {', '.join(_KEYS)}")
+        raise InputError(f"{path}: there is no such file; give the path of an .npz file with {', '.join(keys)}")
     try:
         file = path.open("rb")  # not left to numpy, which keeps a damaged file open
     except OSError as error:
@@ -62,17 +67,18 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         try:
             archive = np.load(file, allow_pickle=False)
         except _BROKEN as error:
-            raise InputError(f"{path}: cannot be read as an .npz file ({error}); {_REMEDY}") from error
+            raise InputError(f"{path}: cannot be read as an .npz file ({error}); {remedy}") from error
         if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise InputError(f"{path}: holds a single array, not an .npz archive; {_REMEDY}")
-        missing = [key for key in _KEYS if key not in archive.files]
-        if missing:
+            raise InputError(f"{path}: holds a single array, not an .npz archive; {remedy}")
+        there = [choice for choice in choices if all(key in archive.files for key in choice)]
+        if not there:
+            missing = [key for key in keys if key not in archive.files]
             found = ", ".join(archive.files) or "nothing"
-            raise InputError(f"{path}: lacks {', '.join(missing)} (found: {found}); {_REMEDY}")
-        return {key: _member(archive, key, path) for key in _KEYS}
+            raise InputError(f"{path}: lacks {', '.join(missing)} (found: {found}); {remedy}")
+        return {key: _member(archive, key, path, remedy) for key in there[0]}
 
 
-def _member(archive: np.lib.npyio.NpzFile, key: str, path: Path) -> np.ndarray:
+def _member(archive: np.lib.npyio.NpzFile, key: str, path: Path, remedy: str) -> np.ndarray:
     try:
         array = archive[key]
     except _BROKEN as error:
@@ -82,11 +88,12 @@ def _member(archive: np.lib.npyio.NpzFile, key: str, path: Path) -> np.ndarray:
             "and check that the file was copied as a whole"
         ) from error
     if not isinstance(array, np.ndarray):
-        raise InputError(f"{path}: {key} is not a NumPy array; {_REMEDY}")
+        raise InputError(f"{path}: {key} is not a NumPy array; {remedy}")
     return array
 
 
-def _images(array: np.ndarray, what: str) -> Tensor:
+def images_of(array: np.ndarray, what: str) -> Tensor:
+    """Images [N, C, H, W] uint8 of an array in any of the layouts of ``Arrays``; what: its name in ``InputError``."""
     if array.dtype.kind == "f":
         raise InputError(
             f"{what} is {array.dtype}; images must be uint8 in 0..255: "
@@ -97,7 +104,8 @@ def _images(array: np.ndarray, what: str) -> Tensor:
     return channels_first(array, what)
 
 
-def _labels(array: np.ndarray, what: str) -> Tensor:
+def labels_of(array: np.ndarray, what: str) -> Tensor:
+    """Labels [N] int64 of an array; what: its name in ``InputError``."""
     if array.dtype.kind not in "iu":
         raise InputError(f"{what} is {array.dtype}; labels must be whole numbers 0..K-1: convert with .astype('int64')")
     if array.ndim == 2 and array.shape[1] == 1:

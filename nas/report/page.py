@@ -57,6 +57,7 @@ def render(results: Data) -> str:
         complexity=analysis.get("complexity"),
         search=_search(results.get("search") or {}),
         training=_training(models),
+        overfitting=_overfitting(models),
         attacks=_attacks(models),
     )
 
@@ -285,6 +286,17 @@ def _training(models: Sequence[Data]) -> list[dict[str, Any]]:
         if picture := curves.curves(caption, series, unit="number" if top is None else "share", top=top):
             pictures.append({"caption": caption, "picture": Markup(picture)})
     return pictures
+
+
+def _overfitting(models: Sequence[Data]) -> dict[str, Any]:
+    """How far the last epoch of each training is below its best, which is kept, and what the trainings warned of."""
+    gaps, warnings = [], []
+    for model in models:
+        records, name = model.get("training") or (), str(model.get("name", "?"))
+        if records and "robust_overfitting" in records[-1]:
+            gaps.append({"model": name, "gap": records[-1]["robust_overfitting"]})
+        warnings += [f"{name}: {warning}" for record in records for warning in record.get("warnings") or ()]
+    return {"gaps": gaps, "warnings": warnings}
 
 
 def _attacks(models: Sequence[Data]) -> list[dict[str, str]]:

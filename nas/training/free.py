@@ -39,7 +39,16 @@ class Free:
 
     def __call__(self, model: nn.Module, batch: Batch, state: State) -> tuple[Tensor, Metrics]:
         """As if this batch were the first."""
-        return FreeTraining(self.threat_model, self.replays, torch.zeros_like(batch.x))(model, batch, state)
+        return self._first(batch)(model, batch, state)
+
+    def gradients(
+        self, model: nn.Module, batch: Batch, state: State, parameters: Sequence[nn.Parameter]
+    ) -> tuple[Tensor, list[Tensor | None], Metrics]:
+        """As if this batch were the first."""
+        return self._first(batch).gradients(model, batch, state, parameters)
+
+    def _first(self, batch: Batch) -> FreeTraining:
+        return FreeTraining(self.threat_model, self.replays, torch.zeros_like(batch.x))
 
 
 @dataclass

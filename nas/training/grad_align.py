@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nas.attacks.fgsm import Fgsm
 from nas.errors import InputError
-from nas.model_state import frozen_statistics
+from nas.model_state import frozen_statistics, twice_differentiable
 from nas.objective import Attack, Batch, Metrics, State
 from nas.threat_model import ThreatModel
 
@@ -43,7 +43,7 @@ class GradAlign:
             return loss, metrics
         nearby = self.threat_model.random_start(batch.x, state.method_generator)
         # Statistics are recorded once a step: by the pass above.
-        with frozen_statistics(model):
+        with frozen_statistics(model), twice_differentiable():
             here = _input_gradient(model, batch.x, batch.y, create_graph=False)
             there = _input_gradient(model, nearby, batch.y, create_graph=True)
         misalignment = 1 - cosine(here, there).mean()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from nas.data.augmentation import Augmentation
 from nas.data.batches import batch_count, batches
@@ -35,6 +34,9 @@ from nas.optimisation import Sgd, gradient_step, optimiser_tree, restore_optimis
 from nas.prediction import begin
 from nas.randomness import generator
 from nas.tensor_file import read_tree, write_tree
+from nas.training.extra_images import ExtraImages
+from nas.training.overfitting import collapse_warning, robust_overfitting
+from nas.training.weight_average import EpochAverage, MovingAverage
 
 Record = dict[str, Any]
 
@@ -43,7 +45,10 @@ Record = dict[str, Any]
 class Training:
     """How long and with what a network is trained.
 
-    ema: decay of the exponential moving average of the weights that is validated and kept; 0 for none.
+    ema: decay of the exponential moving average of the weights that is validated and kept; 0 for none. ema_warmup:
+    share of the training over which it is a copy of the weights; then it decays quicker at first. 0: decays alike.
+    swa: share of the training after which the mean of the weights at the ends of epochs (stochastic weight averaging)
+    is validated and kept; 0 for none. It wants a schedule that still moves there, "steps" or "constant".
     validate_every: epochs between validations; the last epochs' validation always takes place.
     """
 
@@ -52,6 +57,8 @@ class Training:
     optimiser: Sgd = field(default_factory=Sgd)
     augmentation: Augmentation = field(default_factory=Augmentation)
     ema: float = 0.0
+    ema_warmup: float = 0.0
+    swa: float = 0.0
     validate_every: int = 1
 
     def __post_init__(self) -> None:
@@ -59,6 +66,19 @@ class Training:
             raise InputError("epochs and validate_every must be at least 1, batch_size at least 2")
         if not 0 <= self.ema < 1:
             raise InputError(f"ema is a decay of at least 0 and below 1, not {self.ema}")
+        for name, share in (("ema_warmup", self.ema_warmup), ("swa", self.swa)):
+            if not 0 <= share < 1:
+                raise InputError(f"{name} is a share of the training of at least 0 and below 1, not {share}")
+        if self.ema_warmup and not self.ema:
+            raise InputError("ema_warmup is that of a moving average: set ema, for example to 0.995, or leave it out")
+        if self.ema and self.swa:
+            raise InputError("ema and swa are two averages, and one network is kept: set one of them to 0")
+
+    def average(self, model: nn.Module, steps: int) -> MovingAverage | EpochAverage | None:
+        """The average of the weights that is kept instead of them, if one is; steps: of an epoch."""
+        if self.ema:
+            return MovingAverage(model, self.ema, round(self.ema_warmup * self.epochs * steps))
+        return EpochAverage(model, self.swa) if self.swa else None
 
 
 @dataclass(frozen=True)
@@ -78,6 +98,7 @@ def train(
     *,
     validation_attack: Attack,
     seed: int,
+    extra: ExtraImages | None = None,
     checkpoint: Path | None = None,
     log: Callable[[Record], None] = lambda record: None,
     history: Callable[[list[Record]], None] = lambda records: None,
@@ -87,9 +108,11 @@ def train(
 
     Best means highest robust accuracy on ``split.validation``, then highest natural accuracy, then latest. The
     state is written to ``checkpoint`` after every epoch; a later call with the same arguments goes on from there
-    to the same result. ``log`` gets each epoch's record, ``history`` once all records so far, ``tick`` the progress.
-    What ``objective`` asks for beyond a loss (see ``nas.objective``) is heeded; it is prepared here, in the folder of
-    ``checkpoint``. Raises ``Diverged`` when a loss is not finite; the checkpoint then holds the last good epoch.
+    to the same result. extra: images that make up a share of every batch. ``log`` gets each epoch's record, ``history``
+    once all records so far, ``tick`` the progress. A validated record says by how much robust accuracy is below the
+    best so far (``robust_overfitting``), and warns of catastrophic overfitting. What ``objective`` asks for beyond a
+    loss (see ``nas.objective``) is heeded; it is prepared here, in the folder of ``checkpoint``. Raises ``Diverged``
+    when a loss is not finite; the checkpoint then holds the last good epoch.
     """
     if len(split.validation) == 0:
         raise InputError("no validation images to choose a checkpoint by: set data.validation above 0")
@@ -101,11 +124,23 @@ def train(
         model.load_state_dict(start.initial_weights())
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = training.optimiser.optimiser(parameters)
-    average = (
-        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(training.ema), use_buffers=True)
-        if training.ema
-        else None
-    )
+    x, y, indices = data.x_train, data.y_train, split.training.to(device)
+    own, again = kept_by(objective, TrainsOn), kept_by(objective, Replays)
+    if own is not None:
+        x, y = own.training_images()
+        indices = torch.arange(len(y), device=device)
+    if own is not None and extra is not None:
+        raise InputError(f"{type(own).__name__} brings images of its own, which extra ones cannot join: leave one out")
+    rows_of: Callable[[int], Tensor] | None = None
+    if extra is not None:
+        more_x, more_y = extra(data, split)
+        more = torch.arange(len(y), len(y) + len(more_y), device=device)
+        x, y = torch.cat([x, more_x]), torch.cat([y, more_y])
+        rows_of = partial(extra.rows, indices, more, training.batch_size, seed)
+        rows_of(0)  # what does not fit is told before the first step
+    replays = 1 if again is None else again.replays
+    steps = replays * batch_count(len(indices), training.batch_size, True)
+    average = training.average(model, steps)
     records: list[Record] = []
     best_state, best_key = _copy(model), (-1.0, -1.0)
     if checkpoint is not None and checkpoint.exists():
@@ -113,30 +148,24 @@ def train(
         model.load_state_dict(tree["model"])
         restore_optimiser(optimiser, tree["optimiser"])
         if average is not None:
-            average.load_state_dict(tree["average"])
+            average.restore(tree["average"])
         if memory is not None:
             memory.restore(tree["objective"])
         records, best_state, best_key = tree["records"], tree["best"], tuple(tree["best_key"])
     history(records)
 
-    x, y, indices = data.x_train, data.y_train, split.training.to(device)
-    own, again = kept_by(objective, TrainsOn), kept_by(objective, Replays)
-    if own is not None:
-        x, y = own.training_images()
-        indices = torch.arange(len(y), device=device)
-    replays = 1 if again is None else again.replays
-    steps = replays * batch_count(len(indices), training.batch_size, True)
     for epoch in range(len(records), training.epochs):
         attack_generator = generator(seed, "attack", epoch, device=device)
         method_generator = generator(seed, "method", epoch, device=device)
         sums: dict[str, Tensor] = {}
+        losses: list[Tensor] = []
         model.train()
         epoch_batches = batches(
             x,
             y,
-            indices,
+            indices if rows_of is None else rows_of(epoch),
             batch_size=training.batch_size,
-            shuffle=generator(seed, "order", epoch),
+            shuffle=generator(seed, "order", epoch) if rows_of is None else None,
             augmentation=training.augmentation,
             augmentation_generator=generator(seed, "augmentation", epoch, device=device),
             drop_last=True,
@@ -148,20 +177,32 @@ def train(
             rate, clip = training.optimiser.rate(progress), training.optimiser.clip
             gradient_step(gradients, parameters, optimiser, rate, clip)
             if average is not None:
-                average.update_parameters(model)
+                average.after_step(model)
+            losses.append(loss)
             for name, value in {"loss": loss, **metrics}.items():
                 sums[name] = sums.get(name, 0) + value
             tick((epoch + (step + 1) / steps) / training.epochs)
         record: Record = {"epoch": epoch, **{name: float(value) / steps for name, value in sums.items()}}
-        if not math.isfinite(record["loss"]):
+        finite = torch.stack(losses).isfinite()
+        if not bool(finite.all()):
+            first = int(finite.logical_not().nonzero()[0])
             raise Diverged(
-                f"the training loss is {record['loss']} in epoch {epoch}: lower the learning rate "
-                f"(now {training.optimiser.learning_rate}) or the gradient clip (now {training.optimiser.clip})"
+                f"the training loss is {float(losses[first])} at step {first + 1} of {steps} of epoch {epoch}: lower "
+                f"the learning rate (now {training.optimiser.learning_rate}) or the gradient clip (now "
+                f"{training.optimiser.clip}); {_kept(records, checkpoint)}"
             )
+        if average is not None:
+            own_images = batches(
+                data.x_train, data.y_train, split.training, batch_size=training.batch_size, drop_last=True
+            )
+            average.after_epoch(model, epoch / training.epochs, (batch.x for batch in own_images))
         if (epoch + 1) % training.validate_every == 0 or epoch + 1 == training.epochs:
-            judged = average.module if average is not None else model
+            judged = model if average is None or average.network is None else average.network
             validation = validate(judged, data, split.validation, validation_attack, seed, training.batch_size)
             record |= {"validation_natural": validation.natural, "validation_robust": validation.robust}
+            record["robust_overfitting"] = robust_overfitting(records, validation.robust)
+            if warning := collapse_warning([*records, record]):
+                record["warnings"] = [warning]
             key = (validation.robust, validation.natural)
             if key >= best_key:
                 best_state, best_key = _copy(judged), key
@@ -176,7 +217,7 @@ def train(
                 "records": records,
             }
             if average is not None:
-                tree["average"] = dict(average.state_dict())
+                tree["average"] = average.tree()
             if memory is not None:
                 tree["objective"] = dict(memory.tree())
             write_tree(tree, checkpoint)
@@ -200,6 +241,12 @@ def validate(
                 natural = natural + right.sum()
                 robust = robust + (right & (model(x_adv).argmax(1) == batch.y)).sum()
     return Validation(float(natural) / len(indices), float(robust) / len(indices))
+
+
+def _kept(records: list[Record], checkpoint: Path | None) -> str:
+    if checkpoint is None or not records:
+        return "no epoch before it was kept"
+    return f"{checkpoint} holds epoch {records[-1]['epoch']}, the last good one"
 
 
 def _copy(model: nn.Module) -> dict[str, Tensor]:

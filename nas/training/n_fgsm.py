@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -34,16 +35,19 @@ class NoiseFgsm:
 
     def __call__(self, model: nn.Module, batch: Batch, state: State) -> tuple[Tensor, Metrics]:
         """Mean cross-entropy on the images it makes."""
-        ball = self.threat_model
-        noise = ball.geometry.draw(batch.x, self.noise * ball.epsilon, state.attack_generator)
-        with crafting(model):
-            noisy = (batch.x + noise).clamp(ball.lower, ball.upper)
-            gradient, _, _ = input_gradient(model, noisy, batch.y, "cross_entropy", None)
-        step = (self.step_size or ball.epsilon) * ball.geometry.steepest(gradient)
-        x_adv = (batch.x + noise + step).clamp(ball.lower, ball.upper)
-        logits = model(x_adv)
+        logits = model(self.attack(model, batch.x, batch.y, generator=state.attack_generator))
         loss = F.cross_entropy(logits, batch.y)
         return loss, {"accuracy": (logits.argmax(1) == batch.y).float().mean()}
+
+    def attack(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator) -> Tensor:
+        """The images [N, C, H, W] for images ``x`` and labels ``y`` [N]; no ``Attack``, as they may leave the ball."""
+        ball = self.threat_model
+        noise = ball.geometry.draw(x, self.noise * ball.epsilon, generator)
+        with crafting(model):
+            noisy = (x + noise).clamp(ball.lower, ball.upper)
+            gradient, _, _ = input_gradient(model, noisy, y, "cross_entropy", None)
+        step = (self.step_size or ball.epsilon) * ball.geometry.steepest(gradient)
+        return (x + noise + step).clamp(ball.lower, ball.upper)
 
 
 PLUGIN = NoiseFgsm

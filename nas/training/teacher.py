@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nas.data.image_data import ImageData
 from nas.errors import InputError
 from nas.model_file import load_model
 from nas.model_state import constant
@@ -39,6 +40,16 @@ def load_teacher(folder: str, setting: Setting) -> Teacher:
 
     Raises ``InputError`` where there is none, or where it sees other images or knows other classes.
     """
+    like = next(setting.model.parameters())
+    return Teacher(finished_network(folder, setting.data, "teacher").to(like))
+
+
+def finished_network(folder: str, data: ImageData, role: str) -> nn.Module:
+    """The network in ``folder`` (model.json, model.safetensors), for the images and classes of ``data``, in eval mode.
+
+    role: what it is needed as. Raises ``InputError`` where there is none, or where it sees other images or knows other
+    classes.
+    """
     path = Path(folder)
     if not (path / "model.json").exists():
         inside = sorted(found.parent for found in path.glob("*/*/model.json")) or sorted(
@@ -47,22 +58,21 @@ def load_teacher(folder: str, setting: Setting) -> Teacher:
         hint = (
             f"did you mean '{inside[-1]}'?" if inside else "it takes one that training left, such as RUN/train/searched"
         )
-        raise InputError(f"teacher: '{folder}' holds no model.json; {hint}")
-    data, like = setting.data, next(setting.model.parameters())
-    spec, model = load_model(path, like.device)
+        raise InputError(f"{role}: '{folder}' holds no model.json; {hint}")
+    spec, model = load_model(path, data.x_train.device)
     if spec.input_shape != data.input_shape:
         raise InputError(
-            f"teacher: '{folder}' sees images of (channels, height, width) {spec.input_shape}, data '{data.name}' has "
-            f"{data.input_shape}: take a teacher that was trained on images like these"
+            f"{role}: '{folder}' sees images of (channels, height, width) {spec.input_shape}, data '{data.name}' has "
+            f"{data.input_shape}: take a {role} that was trained on images like these"
         )
     if spec.classes != data.classes:
         other = next((pair for pair in zip(spec.classes, data.classes, strict=False) if pair[0] != pair[1]), None)
         what = f"for example '{other[0]}' for '{other[1]}'" if other else f"{len(spec.classes)} of them"
         raise InputError(
-            f"teacher: '{folder}' knows other classes than the {len(data.classes)} of data '{data.name}', {what}: take "
-            "a teacher that was trained on these, in this order"
+            f"{role}: '{folder}' knows other classes than the {len(data.classes)} of data '{data.name}', {what}: take "
+            f"a {role} that was trained on these, in this order"
         )
-    return Teacher(model.to(like.dtype))
+    return model
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -10,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nas.errors import InputError
-from nas.model_state import frozen_statistics
-from nas.objective import Attack, Batch, Gradients, Metrics, Objective, State, kept_by
+from nas.objective import Batch, Gradients, Metrics, Objective, State, kept_by
 
 
 @dataclass(frozen=True)
@@ -51,23 +52,20 @@ class WeightPerturbation:
         """Gradients at the perturbed weights; loss and metrics are those there."""
         if not self.gamma or state.progress < self.begins:
             return self._gradients(self.objective, model, batch, state, parameters)
-        found: list[Tensor] = []
-        # Both passes see the same images and the same draws.
+        attacks: list[_Remembering] = []
+        objective = _remembering(self.objective, attacks) if is_dataclass(self.objective) else self.objective
+        # Both passes see the same images, the same draws and the same statistics.
         draws = replace(state, method_generator=state.method_generator.clone_state())
-        with frozen_statistics(model):
-            _, upwards, _ = self._gradients(_with(self.objective, found, True), model, batch, draws, parameters)
-        kept = [parameter.detach().clone() for parameter in parameters]
-        try:
-            with torch.no_grad():
-                for parameter, gradient in zip(parameters, upwards, strict=True):
-                    if parameter.dim() > 1 and gradient is not None:
-                        parameter.add_(perturbation(parameter, gradient, self.gamma))
-            again = _with(self.objective, found, False)
-            return self._gradients(again, model, batch, state, parameters)
-        finally:
-            with torch.no_grad():
-                for parameter, value in zip(parameters, kept, strict=True):
-                    parameter.copy_(value)
+        with _restored([*model.buffers()]):
+            _, upwards, _ = self._gradients(objective, model, batch, draws, parameters)
+        for attack in attacks:
+            attack.repeat()
+        with _restored(parameters), torch.no_grad():
+            for parameter, gradient in zip(parameters, upwards, strict=True):
+                if parameter.dim() > 1 and gradient is not None:
+                    parameter.add_(perturbation(parameter, gradient, self.gamma))
+            with torch.enable_grad():
+                return self._gradients(objective, model, batch, state, parameters)
 
     @staticmethod
     def _gradients(
@@ -83,29 +81,63 @@ def perturbation(weight: Tensor, gradient: Tensor, gamma: float) -> Tensor:
     return torch.where(size > 0, gamma * weight.norm() * gradient / size.clamp_min(1e-30), 0.0)
 
 
-class _Kept:
-    """An attack that is carried out once: its images are kept, and given again in the same order."""
+@contextmanager
+def _restored(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Afterwards they have the values, to the bit, that they had before."""
+    kept = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, kept, strict=True):
+                tensor.copy_(value)
 
-    def __init__(self, attack: Attack, found: list[Tensor], crafts: bool) -> None:
-        self.attack, self.found, self.crafts = attack, found, crafts
-        self.given = 0
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator, **start: Any) -> Tensor:
-        if self.crafts:
-            self.found.append(self.attack(model, x, y, generator=generator, **start))
-        self.given += 1
-        return self.found[self.given - 1]
+class _Remembering:
+    """An attack that is carried out once: after ``repeat`` it gives the images it found again, in the same order."""
+
+    def __init__(self, attack: Any) -> None:
+        self.attack = attack
+        self.found: list[Tensor] = []
+        self.again: Iterator[Tensor] | None = None
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, **more: Any) -> Tensor:
+        return self._images(lambda: self.attack(model, x, y, **more))
+
+    def maximise(self, model: nn.Module, objective: Any, x: Tensor, **more: Any) -> Tensor:
+        return self._images(lambda: self.attack.maximise(model, objective, x, **more))
+
+    def repeat(self) -> None:
+        self.again = iter(self.found)
+
+    def _images(self, craft: Callable[[], Tensor]) -> Tensor:
+        if self.again is not None:
+            return next(self.again)
+        self.found.append(craft())
+        return self.found[-1]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.attack, name)
 
 
-def _with(objective: Any, found: list[Tensor], crafts: bool) -> Any:
-    """``objective`` with attacks (field ``attack``, also of what it wraps) that craft, or give again what was found."""
-    names = {field.name for field in fields(objective)} if is_dataclass(objective) else set()
+def _remembering(objective: Any, attacks: list[_Remembering]) -> Any:
+    """``objective`` with attacks that remember, which are added to ``attacks``.
+
+    An attack is what is called ``attack``, a field or a method, in the objective and in what it consists of.
+    """
     changes: dict[str, Any] = {}
-    if "attack" in names:
-        changes["attack"] = _Kept(objective.attack, found, crafts)
-    if "objective" in names:
-        changes["objective"] = _with(objective.objective, found, crafts)
-    return replace(objective, **changes) if changes else objective
+    for field in fields(objective):
+        part = getattr(objective, field.name)
+        if field.name != "attack" and is_dataclass(part) and not isinstance(part, type):
+            changed = _remembering(part, attacks)
+            changes |= {field.name: changed} if changed is not part else {}
+    if hasattr(objective, "attack"):
+        attacks.append(_Remembering(objective.attack))
+        changes["attack"] = attacks[-1]
+    if not changes:
+        return objective
+    # Not ``replace``: what was checked is not checked again.
+    changed = copy.copy(objective)
+    for name, value in changes.items():
+        object.__setattr__(changed, name, value)
+    return changed

@@ -259,3 +259,17 @@ def test_numbers():
     ]
     assert count(4520394) == "4,520,394"
     assert count(None) == "\N{EN DASH}"
+
+
+def test_retraining_tells_what_was_lost_after_the_best_epoch(quick):
+    assert "below it by" not in render(quick), "records from before that was kept"
+    first, second = quick["models"][:2]
+    validated = {"validation_natural": 0.9, "validation_robust": 0.5}
+    first["training"] = [
+        {"epoch": epoch, **validated, "robust_overfitting": gap} for epoch, gap in ((0, 0.9), (1, 0.034))
+    ]
+    second["training"] = [{"epoch": 0, **validated, "robust_overfitting": 0.0, "warnings": ["epoch 3: <collapse>"]}]
+    page = render(quick)
+    assert f"3.4 points ({first['name']}); 0.0 points ({second['name']})." in page
+    assert f"▲ warning</span> {second['name']}: epoch 3: &lt;collapse&gt;" in page
+    Outline(page)

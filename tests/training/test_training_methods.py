@@ -263,3 +263,32 @@ def test_a_head_that_is_never_reached_is_an_error(network):
     with pytest.raises(FloatingPointError):
         WithAuxiliary(Standard(), 0.4)(fails, _batch(), _state())
     assert not fails.auxiliary._forward_hooks
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+@pytest.mark.parametrize("cls", [Standard, PgdAt, Trades])
+def test_labels_are_smoothed_by_hand(cls, share, network):
+    """(1 - s) of the label, s spread over all classes; images are still crafted for the label as it is."""
+    batch, settings, found = _batch(), {}, []
+    if cls is not Standard:
+        settings["attack"] = _Recorded(_attack(cls), found)
+    ours = _loss_and_gradients(cls(label_smoothing=share, **settings), network().double(), batch)
+    model = network().double()
+    x = found[0] if cls is PgdAt else batch.x
+    wanted = (1 - share) * F.one_hot(batch.y, 3).double() + share / 3
+    loss = -(wanted * model(x).log_softmax(1)).sum(1).mean()
+    if cls is Trades:
+        p, q = model(batch.x).softmax(1), model(found[0]).softmax(1)
+        loss = loss + 6.0 * (p * (p / q).log()).sum(1).mean()
+    _assert_same(ours, (loss.detach(), torch.autograd.grad(loss, list(model.parameters()))), tolerance=1e-8)
+    if settings:
+        hard = cls(**{**settings, "attack": _Recorded(_attack(cls), found)})
+        _loss_and_gradients(hard, network().double(), batch)
+        assert torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("cls", [Standard, PgdAt, Trades])
+def test_a_share_of_the_label_is_one(cls):
+    for share in (-0.1, 1.0, float("nan")):
+        with pytest.raises(InputError, match="label_smoothing"):
+            cls(label_smoothing=share)
