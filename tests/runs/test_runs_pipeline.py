@@ -234,20 +234,22 @@ def test_a_worker_that_dies_with_nothing_to_do_is_missed(script: Script) -> None
 def test_an_interrupt_ends_the_workers(script: Script, tmp_path: Path) -> None:
     marks = [tmp_path / "run" / name / "pid" for name in ("long", "other")]
     run = script(2, sleeping("long"), sleeping("other"))
-    main = threading.main_thread().ident
+    main, heard = threading.main_thread().ident, Heard()
     assert main is not None
 
     def interrupt() -> None:
         for mark in marks:
             waiting_for(mark, lambda: None)()
-        # By now the process waits for its workers: an exception raised while it forks would be lost.
+        # Once it says so, the process has forked all its workers: an exception raised meanwhile would be lost.
+        while ("started", "other") not in heard.events:
+            time.sleep(0.01)
         time.sleep(0.3)
         signal.pthread_kill(main, signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        pipeline.carry_out(run, Heard())
+        pipeline.carry_out(run, heard)
     thread.join()
     assert not any(alive(int(mark.read_text())) for mark in marks)
 
