@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -231,7 +231,15 @@ def test_a_worker_that_dies_with_nothing_to_do_is_missed(script: Script) -> None
     assert run.result("quick") == {}
 
 
-def test_an_interrupt_ends_the_workers(script: Script, tmp_path: Path) -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as at a terminal: what a shell starts in the background is told to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_ends_the_workers(script: Script, tmp_path: Path, interruptible: None) -> None:
     marks = [tmp_path / "run" / name / "pid" for name in ("long", "other")]
     run = script(2, sleeping("long"), sleeping("other"))
     main, heard = threading.main_thread().ident, Heard()
