@@ -61,12 +61,14 @@ def plan(recipe: Recipe) -> list[Task]:
     """The tasks of a comparison, each after those it needs."""
     part = _part(recipe)
     first, training = part.contenders[0], [contender for contender in part.contenders if contender.trains]
-    tasks = [Task(f"measure/{contender.name}", (), _measure(contender)) for contender in training]
+    tasks = []
     for contender in training:
+        taught = [(f"train/{contender.teacher}-{seed}",) if contender.teacher else () for seed in part.seeds]
+        tasks.append(Task(f"measure/{contender.name}", taught[0], _measure(contender)))
         counts = {f"measure/{first.name}", f"measure/{contender.name}"} if part.equal == "passes" else set()
-        for seed in part.seeds:
+        for seed, teacher in zip(part.seeds, taught, strict=True):
             name = f"train/{contender.name}-{seed}"
-            tasks.append(Task(name, tuple(sorted(counts)), _train(contender, seed)))
+            tasks.append(Task(name, (*sorted(counts), *teacher), _train(contender, seed)))
     # What takes longest begins first.
     judged = sorted(part.contenders, key=lambda contender: prediction_of(contender.train.objective) is None)
     for contender in judged:
@@ -105,10 +107,15 @@ def _part(recipe: Recipe) -> ComparePart:
 
 def _context(context: Context, contender: Contender, seed: int) -> Context:
     """The context of one training: the contender's [train] table and the seed in place of the recipe's."""
-    general = dataclasses.replace(context.recipe.general, seed=seed)
-    return dataclasses.replace(
-        context, recipe=dataclasses.replace(context.recipe, general=general, train=contender.train)
-    )
+    general, train = dataclasses.replace(context.recipe.general, seed=seed), contender.train
+    if contender.teacher is not None:
+        name = f"{contender.teacher}-{seed}"
+        if "failed" in context.run.needed(f"train/{name}"):
+            raise InputError(f"'{contender.name}' has no teacher: the training of '{name}' failed")
+        objective: Any = train.objective
+        folder = str(model_folder(context.run, name))
+        train = dataclasses.replace(train, objective=dataclasses.replace(objective, teacher=folder))
+    return dataclasses.replace(context, recipe=dataclasses.replace(context.recipe, general=general, train=train))
 
 
 def _measure(contender: Contender) -> Work:

@@ -74,11 +74,13 @@ class Contender:
     """One way to train the network, and what is judged beside the attacks.
 
     network: whose networks these are: its own name, or another contender's, which are then not trained again.
+    teacher: the contender whose network of the same seed it learns from, where its method names one as teacher.
     """
 
     name: str
     network: str
     train: TrainPart
+    teacher: str | None = None
     certify: Certify | None = None
     detect: Detect | None = None
 
@@ -176,10 +178,12 @@ def _contender(
         part = train(merged(base, entries), where)
     if "attack" in entries and not hasattr(part.objective, "attack"):
         raise InputError(f"{where}.attack: its training method takes none; leave it out")
+    teacher = getattr(part.objective, "teacher", None)
     return Contender(
         name,
         network,
         part,
+        teacher if any(other.name == teacher and other.trains for other in before) else None,
         _certify(beside["certify"], f"{where}.certify") if "certify" in beside else None,
         _detect(beside["detect"], f"{where}.detect") if "detect" in beside else None,
     )

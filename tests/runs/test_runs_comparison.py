@@ -213,6 +213,25 @@ def test_contenders_differ_in_their_training_only(tmp_path: Path, monkeypatch: p
     assert only["natural"]["deviation"] is None
 
 
+def test_a_contender_is_the_teacher_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_quick(monkeypatch)
+
+    def digests(name: str, teacher: object) -> dict[str, list[str]]:
+        # Temperature 1: the teacher's answers differ enough from one another to be told apart.
+        ard = f"{{name='ard', method={{name='ard', teacher={toml(teacher)}, temperature=1.0}}}}"
+        changes = settings(f"compare.contenders=[{{name='at'}}, {ard}]", "train.epochs=1")
+        outcome = nas("compare", comparison_recipe(tmp_path), "--out", name, *changes)
+        assert outcome.status == 0, outcome.err
+        return {c["name"]: [run["digest"] for run in c["runs"]] for c in results_of(Path(name))["contenders"]}
+
+    taught = digests("taught", "at")
+    assert taught["ard"][0] != taught["at"][0]
+    # Each seed learns from the network of its own seed.
+    for index, seed in enumerate((3, 1)):
+        fixed = digests(f"fixed-{seed}", Path(f"taught/train/at-{seed}").resolve())
+        assert [a == b for a, b in zip(fixed["ard"], taught["ard"], strict=True)] == [i == index for i in range(2)]
+
+
 def test_smoothing_is_certified(finished: Path) -> None:
     for run in contender(results_of(finished), "noisy")["runs"]:
         curve = run["certification"]["certified_accuracy"]
