@@ -47,7 +47,7 @@ class ModelSpec:
         """What predicts, with fresh weights, compressed as planned: the network, or an ensemble around or of such."""
         model = self._network() if self.prediction is None else self.prediction.predictor(self._network)
         for plan in self.plans:
-            model = plan.apply(model)
+            model = plan.apply(model, fit=False)
         return model
 
     def _network(self) -> nn.Module:

@@ -6,14 +6,17 @@ import base64
 import copy
 import zlib
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from nas.compression.layers import deployed_layers, kept_dense
 from nas.compression.plan import LayerPlan, Plan
 from nas.errors import InputError
+from nas.objective import Setting
 
 
 class Mask(nn.Module):
@@ -38,16 +41,18 @@ class MagnitudePruning:
     and biases stay. keep: share of the competing weights that stays, above 0 and at most 1.
     """
 
+    retrains: ClassVar[bool] = True
+
     keep: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
             raise InputError(f"keep must be above 0 and at most 1, not {self.keep}")
 
-    def plan(self, model: nn.Module) -> Plan:
+    def plan(self, model: nn.Module, setting: Setting | None = None) -> Plan:
         """Which weights of ``model`` stay."""
-        layers = _layers(model)
-        skipped = _skipped(layers)
+        layers = deployed_layers(model)
+        skipped = kept_dense(layers)
         competing = {name: layer for name, layer in layers.items() if name not in skipped}
         if not competing:
             raise InputError("this network has no layer that magnitude pruning may touch")
@@ -74,10 +79,10 @@ class MagnitudePruning:
         return Plan("magnitude", tuple(plans))
 
     @staticmethod
-    def apply(plan: Plan, model: nn.Module) -> nn.Module:
+    def apply(plan: Plan, model: nn.Module, *, fit: bool = True) -> nn.Module:
         """A copy of ``model`` with the plan's masks as parametrisations of its weights."""
         compressed = copy.deepcopy(model)
-        layers = _layers(compressed)
+        layers = deployed_layers(compressed)
         for layer_plan in plan.layers:
             layer = layers.get(layer_plan.name)
             if layer is None:
@@ -92,27 +97,6 @@ class MagnitudePruning:
             mask = _unpack(layer_plan, layer.weight.shape).to(layer.weight.device)
             parametrize.register_parametrization(layer, "weight", Mask(mask.to(layer.weight.dtype)))
         return compressed
-
-
-def _layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
-    """All convolutions and linear layers of the deployed network, by name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear) and not name.startswith("auxiliary.")
-    }
-
-
-def _skipped(layers: dict[str, nn.Conv2d | nn.Linear]) -> dict[str, str]:
-    """Layers that are left alone, with the reason."""
-    reasons = {}
-    convolutions = [name for name, layer in layers.items() if isinstance(layer, nn.Conv2d)]
-    if convolutions:
-        reasons[convolutions[0]] = "first convolution"
-    linears = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
-    if linears:
-        reasons[linears[-1]] = "classifier"
-    return reasons
 
 
 def _mask_of(layer: nn.Module) -> Tensor:
