@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor, nn
 
-from search_spaces.genotype import AnyGenotype, GenotypeError, StageGenotype
+from search_spaces.genotype import StageGenotype
 from search_spaces.layers import Normalise
+from search_spaces.stage_space import StageSpace
 
 
 class PlainNetwork(nn.Module):
@@ -41,36 +40,4 @@ class PlainNetwork(nn.Module):
         return self.classifier(self.features(self.normalise(x)).mean((2, 3)))
 
 
-@dataclass(frozen=True)
-class PlainSpace:
-    """Plain convolutional networks by depth and width of each stage."""
-
-    name: str = "plain"
-
-    def check(self, genotype: AnyGenotype) -> None:
-        """Raise ``GenotypeError`` unless ``genotype`` belongs to this space."""
-        if not isinstance(genotype, StageGenotype):
-            raise GenotypeError("space 'plain' is described by 'depths' and 'widths', not by cells")
-
-    def build(
-        self,
-        genotype: AnyGenotype,
-        *,
-        channels: int,
-        cells: int,
-        input_shape: tuple[int, int, int],
-        classes: int,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        auxiliary: bool = False,
-    ) -> PlainNetwork:
-        """The network of ``genotype``. Its size is in the genotype: channels and cells are not used."""
-        del channels, cells
-        if auxiliary:
-            raise GenotypeError("space 'plain' has no auxiliary head: set auxiliary = false")
-        self.check(genotype)
-        assert isinstance(genotype, StageGenotype)
-        return PlainNetwork(genotype, input_shape=input_shape, classes=classes, mean=mean, std=std)
-
-
-SPACE = PlainSpace()
+SPACE = StageSpace("plain", PlainNetwork)

@@ -21,7 +21,7 @@ from search_spaces.catalogue import space_of
 from search_spaces.cell_space import CellSpace
 from search_spaces.genotype import Genotype, StageGenotype
 from search_spaces.network import parameter_count
-from search_spaces.plain import PlainSpace
+from search_spaces.plain import SPACE as PLAIN
 
 
 def network_source(spec: ModelSpec, name: str = "Network") -> str:
@@ -95,7 +95,7 @@ def _body(spec: ModelSpec, blueprint: Any, name: str) -> Body:
     space, genotype = space_of(spec.genotype), spec.genotype
     if isinstance(space, CellSpace) and isinstance(genotype, Genotype):
         return cell_body(spec, genotype, blueprint.stem, name)
-    if isinstance(space, PlainSpace) and isinstance(genotype, StageGenotype):
+    if space is PLAIN and isinstance(genotype, StageGenotype):
         return plain_body(spec, genotype)
     raise InputError(f"networks of space '{space.name}' have no form as a source file")
 
