@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from nas.errors import InputError, nearest
-from runs.show import error_console, models_table, next_commands, out_console
+from runs.show import error_console, models_table, next_commands, out_console, throughput_table
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 Out = Annotated[Path | None, typer.Option(help="Folder to write, instead of one inside the run.")]
@@ -19,12 +19,20 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 def compress(
     path: RunArgument,
-    method: Annotated[str, typer.Option(help="Compression method (nas list compressors).")] = "magnitude",
+    method: Annotated[
+        str, typer.Option(help="Compression method (nas list compressors), or several in order: a,b.")
+    ] = "magnitude",
     model: Annotated[str, typer.Option(help="Network of the run.")] = "searched",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Setting of the method: key=value, e.g. keep=0.25.")
+    keep: Annotated[
+        float | None, typer.Option(help="Share that stays, of the one method that takes it; else method.keep by --set.")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs of fine-tuning.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Setting of the method: keep=0.25; of one of several: gdws.keep=0.25."),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs of fine-tuning after each method that is fine-tuned after; 0 = none.")
+    ] = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -34,29 +42,60 @@ def compress(
     from runs.finished import label_of, network_folder, opened
     from runs.tasks import compress_into, evaluate_into, model_folder
 
-    table_settings = [f"compress.name={json.dumps(method)}", *(f"compress.{item}" for item in set_ or [])]
-    if epochs is not None:
-        table_settings.append(f"compress.fine_tune.epochs={epochs}")
+    table_settings = compression_settings(method, keep, set_, epochs)
     with opened(path, table_settings) as context:
         assert context.recipe.compress is not None
         source = network_folder(model_folder(context.run, model), path, model)
-        folder = out or context.run.path / f"compress-{label_of(method, set_, epochs, model)}"
+        shown = [*(set_ or []), *([] if keep is None else [f"keep={keep}"])]
+        folder = out or context.run.path / f"compress-{label_of(method, shown, epochs, model)}"
         _begin(folder, {"model": model, "settings": table_settings})
         result = compress_into(context, context.recipe.compress, source, folder)
         _, compressed = load_model(folder, context.device)
-        evaluation = evaluate_into(context, compressed, context.recipe.evaluate.trials, folder)
+        _, dense = load_model(source, context.device)
+        trials = context.recipe.evaluate.trials
+        evaluation = evaluate_into(context, compressed, trials, folder, surrogates={"the network before": dense})
         result = {"name": folder.name, "role": "compressed", **result, **evaluation}
         write_json(result, folder / "result.json")
+        speed = context.throughput({"before": dense, "compressed": compressed})
+        write_json(speed, folder / "throughput.json")
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps({**result, "throughput": speed}))
         return
     models_table([result])
+    throughput_table(speed)
     # A folder outside the run is found by its whole path.
     name = folder.name if out is None else folder.resolve()
     next_commands(
         ["nas", "attack", path, "--model", name],
-        ["nas", "export", path, "--model", name, "--to", "py", *([] if out is None else ["--out", folder])],
+        ["nas", "export", path, "--model", name, "--to", "safetensors", *([] if out is None else ["--out", folder])],
     )
+
+
+def compression_settings(method: str, keep: float | None, settings: list[str] | None, epochs: int | None) -> list[str]:
+    """The lines of a recipe that say what the command line says."""
+    from nas import plugins
+
+    names = [name.strip() for name in method.split(",")]
+    if len(names) == 1:
+        lines = [f"compress={{name={json.dumps(method)}}}", *(f"compress.{item}" for item in settings or [])]
+        lines += [] if keep is None else [f"compress.keep={keep}"]
+        return [*lines, *([] if epochs is None else [f"compress.fine_tune.epochs={epochs}"])]
+    if len(set(names)) < len(names):
+        raise InputError(f"--method {method}: each method once; a recipe's compress.steps may repeat them")
+    lines = [f"compress={{steps=[{', '.join(f'{{name={json.dumps(name)}}}' for name in names)}]}}"]
+    for item in settings or []:
+        name, dot, rest = item.partition(".")
+        if not dot or name not in names:
+            raise InputError(f"--set {item}: of several methods, say whose setting it is: {names[0]}.{item}")
+        lines.append(f"compress.steps.{names.index(name)}.{rest}")
+    if keep is not None:
+        fields = [{f.name for f in dataclasses.fields(plugins.load("compression", name))} for name in names]
+        takers = [i for i, known in enumerate(fields) if "keep" in known]
+        if len(takers) != 1:
+            taking = " and ".join(names[i] for i in takers) or "none"
+            raise InputError(f"--keep {keep}: of {method}, {taking} takes it; say it by --set METHOD.keep={keep}")
+        lines.append(f"compress.steps.{takers[0]}.keep={keep}")
+    return [*lines, *([] if epochs is None else [f"compress.fine_tune.epochs={epochs}"])]
 
 
 def _begin(folder: Path, asked: dict[str, Any]) -> None:

@@ -39,8 +39,10 @@ def network_folder(default: Path, run: Path, model: str) -> Path:
 
 def networks_of(run: Path) -> list[str]:
     """Names of the networks of a run."""
-    names = {p.parent.name if p.parent.name != "compress" else "compressed" for p in run.rglob("model.json")}
-    return sorted(names - {"export"})
+    folders = [path.parent for path in run.rglob("model.json")]
+    # Within the folder of a compression lie the networks between its steps.
+    whole = [folder for folder in folders if not any(parent in folders for parent in folder.parents)]
+    return sorted({"compressed" if folder.name == "compress" else folder.name for folder in whole} - {"export"})
 
 
 def label_of(name: str, settings: list[str] | None, number: int | None, model: str) -> str:

@@ -23,6 +23,7 @@ from nas.threat_model import ThreatModel
 from nas.training.extra_images import ExtraImages
 from nas.training.loop import Training
 from nas.training.weight_perturbation import WeightPerturbation
+from runs.compress_part import CompressPart, Makers, compress_from
 from runs.construct import check_keys, chosen, construct, mapping, name_of
 from runs.contenders import ComparePart, compare_from
 from search_spaces.catalogue import spaces
@@ -114,23 +115,6 @@ class TrainPart:
                 "give either channels or parameters (the size for which channels are chosen) above 0, the other "
                 f"left out or 0; channels is {self.channels}, parameters {self.parameters}"
             )
-
-
-@dataclass(frozen=True)
-class FineTune:
-    """What fine-tuning after compression changes in the training schedule; a quarter of both unless stated."""
-
-    epochs: int
-    learning_rate: float
-
-
-@dataclass(frozen=True)
-class CompressPart:
-    """A compression method and the epochs of fine-tuning with the training method that follow."""
-
-    method: Any
-    name: str
-    fine_tune: Training
 
 
 @dataclass(frozen=True)
@@ -246,7 +230,9 @@ def build(table: Table) -> Recipe:
         space=space,
         search=search,
         train=train,
-        compress=_compress(table["compress"], train.training) if "compress" in table else None,
+        compress=compression_from(table["compress"], train_table, train.training, threat_model, "compress")
+        if "compress" in table
+        else None,
         baselines=construct(Baselines, table.get("baselines", {}), "baselines"),
         evaluate=_evaluate(table["evaluate"], threat_model),
         compare=compare_from(compared, train_table, lambda changed, where: _train(changed, threat_model, where))
@@ -418,18 +404,16 @@ HOLDS_ITS_SIZE = {"cells": 1, "channels": 1}
 """Stands for the size of a network whose genotype holds it."""
 
 
-def _compress(table: object, training: Training) -> CompressPart:
-    entries = dict(mapping(table, "compress"))
-    fine_tune = {
-        "epochs": max(1, training.epochs // 4),
-        "learning_rate": training.optimiser.learning_rate / 4,
-        **mapping(entries.pop("fine_tune", {}), "compress.fine_tune"),
-    }
-    tuning: FineTune = construct(FineTune, fine_tune, "compress.fine_tune")
-    optimiser = dataclasses.replace(training.optimiser, learning_rate=tuning.learning_rate)
-    name = name_of(entries, "compress")
-    method = construct(plugins.load("compression", name), entries, "compress", ("name", "fine_tune"))
-    return CompressPart(method, name, dataclasses.replace(training, epochs=tuning.epochs, optimiser=optimiser))
+def compression_from(
+    table: object, train_table: Table, training: Training, threat_model: ThreatModel, where: str
+) -> CompressPart:
+    """The compression that a table describes, of a network that was trained as ``train_table`` says."""
+    attack_table = mapping(train_table.get("attack", {}), "train.attack") or {"name": "pgd"}
+    makers = Makers(
+        attack=lambda: attack_from(attack_table, "train.attack", threat_model),
+        objective=lambda table, at: method_from(table, at, attack_table, "train.attack", threat_model),
+    )
+    return compress_from(table, training, where, makers)
 
 
 def _evaluate(table: object, threat_model: ThreatModel) -> EvaluatePart:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from nas.analysis.throughput import speed_lines
 from nas.report.comparison_table import columns as comparison_columns
 
 out_console = Console(soft_wrap=True)
@@ -42,6 +43,22 @@ def models_table(models: list[dict[str, Any]]) -> None:
             f"{low:.1%} {high:.1%}",
         )
     out_console.print(table)
+
+
+def throughput_table(result: Mapping[str, Any]) -> None:
+    """Latency and images per second of networks, and whether any is faster than the first."""
+    columns = ("network", "engine", "batch", "latency p50", "p90", "images/s", "speed")
+    table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for engine, found in result["engines"].items():
+        for batch, rows in found["batches"].items():
+            for name, row in rows.items():
+                latency = [f"{1e3 * row[key]:.2f} ms" for key in ("p50", "p90")]
+                table.add_row(
+                    name, engine, batch, *latency, f"{row['images_per_second']:,.0f}", f"{row['speed']:.2f} x"
+                )
+    out_console.print(table)
+    for line in speed_lines(result):
+        out_console.print(line, highlight=False, markup=False)
 
 
 def comparison_table(results: Mapping[str, Any]) -> None:

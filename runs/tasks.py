@@ -6,6 +6,7 @@ at any moment: started again, it continues from its checkpoint or from its begin
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,15 +19,16 @@ from torch import nn
 
 from nas.analysis.complexity import complexity, nonzero_parameters, parameters_of, with_parameters
 from nas.analysis.drawing import draw_cell
+from nas.analysis.throughput import throughput
 from nas.analysis.topology import topology
-from nas.compression.plan import plan_for
+from nas.compression.plan import Recovers, Steers, plan_for
 from nas.data.image_data import ImageData
 from nas.data.split import Split, split
 from nas.errors import InputError
 from nas.export.package import export_model
 from nas.export.parity import check_exports
 from nas.model_file import ModelSpec, load_model, save_model, weights_digest, with_plan
-from nas.objective import Objective, prediction_of
+from nas.objective import Objective, Setting, prediction_of
 from nas.randomness import derived_seed, generator
 from nas.report.verdict import verdict
 from nas.search.bilevel import search
@@ -39,10 +41,11 @@ from nas.training.loop import Training, train
 from nas.training.pgd_at import PgdAt
 from nas.training.standard import Standard
 from nas.training.weight_perturbation import WeightPerturbation
+from runs.compress_part import PARENT, CompressPart, Step
 from runs.directory import RunDirectory, flatten, read_json, write_json
 from runs.judging import Bench, judge
 from runs.metrics import MetricsLog
-from runs.recipe import CompressPart, Recipe, SearchPart
+from runs.recipe import Recipe, SearchPart
 from search_spaces.genotype import AnyGenotype, Genotype, GenotypeError, genotype_from_data, write_genotype
 
 Tick = Callable[[float], None]
@@ -80,6 +83,10 @@ class Context:
         return split(
             self.data.y_train.cpu(), architecture=part.architecture, validation=part.validation, seed=self.seed
         )
+
+    def throughput(self, models: Mapping[str, nn.Module]) -> dict[str, Any]:
+        """How fast networks are on test images, against the first of them."""
+        return throughput(models, self.data.x_test[:64].float() / 255)
 
     def spec(self, genotype: AnyGenotype, channels: int = 0) -> ModelSpec:
         """The network of ``genotype`` for the recipe's data, at the recipe's size unless ``channels`` are given."""
@@ -287,18 +294,63 @@ def _compress(context: Context) -> dict[str, Any]:
 
 
 def compress_into(context: Context, part: CompressPart, source: Path, folder: Path) -> dict[str, Any]:
-    """Compress the trained network in ``source``, fine-tune it, and leave it in ``folder``."""
-    spec, dense = load_model(source, context.device)
-    decided = plan_for(part.method, dense)
-    spec = with_plan(dataclasses.replace(spec, auxiliary=False), decided)
-    plain = dataclasses.replace(spec, plans=spec.plans[:-1]).build()
-    kept = plain.state_dict().keys()  # all but the auxiliary head
-    plain.load_state_dict({name: tensor for name, tensor in dense.state_dict().items() if name in kept})
-    model = decided.apply(plain.to(context.device))
-    objective = context.recipe.train.objective
-    records = train_in(context, model, objective, part.fine_tune, folder, f"compressed {part.name}")
+    """Compress the trained network in ``source`` step by step, and leave it in ``folder``, what is between inside."""
+    plans: list[dict[str, str]] = []
+    result: dict[str, Any] = {}
+    for index, step in enumerate(part.steps):
+        last = index + 1 == len(part.steps)
+        target = folder if last else folder / f"{index + 1}-{step.name}"
+        done = target / "step.json"
+        if not done.exists():
+            write_json(_compress_step(context, step, source, target), done)
+        result = read_json(done)
+        plans += result["plan"]
+        source = target
+    return {**result, "plan": plans}
+
+
+def _compress_step(context: Context, step: Step, source: Path, folder: Path) -> dict[str, Any]:
+    folder.mkdir(parents=True, exist_ok=True)
+    spec, network = load_model(source, context.device)
+    if spec.auxiliary:
+        spec, trained = dataclasses.replace(spec, auxiliary=False), network.state_dict()
+        network = spec.build().to(context.device)
+        network.load_state_dict({name: trained[name] for name in network.state_dict()})
+    network.eval()
+    method, objective = step.method, step.objective or context.recipe.train.objective
+    if getattr(objective, "teacher", None) == PARENT:
+        taught: Any = objective
+        objective = dataclasses.replace(taught, teacher=str(source))
+    parent, looked_at, led = copy.deepcopy(network).requires_grad_(False), network, []
+    if isinstance(method, Steers) and method.epochs:
+        if spec.prediction is not None:
+            raise InputError(
+                f"compression '{step.name}' is led up to by training one network, and '{source.name}' predicts with "
+                f"several ({spec.prediction}): set its epochs to 0, or choose a method without"
+            )
+        looked_at = method.steered(network)
+        (folder / "steering").mkdir(exist_ok=True)
+        led = train_in(
+            context, looked_at, method.steering(context.recipe.train.objective), step.steering(method.epochs),
+            folder / "steering", f"steered {step.name}",
+        )  # fmt: skip
+        looked_at.eval()
+        network = method.released(looked_at)
+    seed = derived_seed(context.seed, f"compress {step.name}")
+    setting = Setting(network, context.data, context.split, seed, step.epochs, step.training.batch_size, folder)
+    decided = plan_for(method, looked_at, setting)
+    spec, model = with_plan(spec, decided), decided.apply(network)
+    records = []
+    if step.epochs:
+        if isinstance(method, Recovers):
+            objective = method.recovery(objective, parent)
+        records = train_in(context, model, objective, step.fine_tuning, folder, f"compressed {step.name}")
     result = model_result(spec, model, folder, records)
-    result["plan"] = [{"name": p.name, "action": p.action, "reason": p.reason} for p in decided.layers]
+    if led:
+        result["steering"] = led
+    result["plan"] = [
+        {"method": decided.method, "name": p.name, "action": p.action, "reason": p.reason} for p in decided.layers
+    ]
     return result
 
 

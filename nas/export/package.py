@@ -11,6 +11,7 @@ from safetensors.torch import save
 from torch import nn
 
 from nas.errors import InputError
+from nas.export.onnx_file import check_onnx_can_be_written, write_onnx
 from nas.export.source import deployed_state, network_source
 from nas.model_file import ModelSpec, save_model
 from nas.tensor_file import write_bytes, write_text
@@ -46,7 +47,9 @@ def export_model(spec: ModelSpec, model: nn.Module, folder: Path, formats: Seque
         if name not in FORMATS:
             raise InputError(f"unknown export format '{name[:60]}'; known: {', '.join(FORMATS)}")
     if "py" in formats:
-        network_source(spec)  # the only one that refuses networks
+        network_source(spec)  # refuses networks that it has no words for
+    if "onnx" in formats:
+        check_onnx_can_be_written()
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name in dict.fromkeys(formats):
@@ -70,5 +73,6 @@ FORMATS: dict[str, Format] = {
     "json": Format(("genotype.json",), _write_genotype),
     "safetensors": Format(("model.json", "model.safetensors"), save_model),
     "py": Format(("network.py", "network.safetensors"), _write_source),
+    "onnx": Format(("network.onnx",), write_onnx),
 }
 """All export formats by name. The check of each is a function of reload.py."""

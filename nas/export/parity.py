@@ -77,7 +77,12 @@ def check_exports(folder: Path, spec: ModelSpec, model: nn.Module, inputs: Tenso
 
 def _plain(spec: ModelSpec) -> dict[str, Any]:
     """By format, the plain values that a reloaded export must report."""
-    plain = {"py": spec.classes, "json": spec.genotype.to_data(), "safetensors": spec.to_data()}
+    plain = {
+        "py": spec.classes,
+        "onnx": spec.classes,
+        "json": spec.genotype.to_data(),
+        "safetensors": spec.to_data(),
+    }
     # The report went through JSON too, which turns tuples into lists.
     return json.loads(json.dumps(plain))
 

@@ -52,7 +52,20 @@ def reload_safetensors(folder: Path, inputs: Tensor) -> Reloaded:
     return spec.to_data(), model(inputs)
 
 
-ALONE: dict[str, Callable[[Path, Tensor], Reloaded]] = {"py": reload_py}
+def reload_onnx(folder: Path, inputs: Tensor) -> Reloaded:
+    """network.onnx by ONNX Runtime: its classes and logits, one image at a time and all together."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(folder / "network.onnx", providers=["CPUExecutionProvider"])
+    (name,) = [entry.name for entry in session.get_inputs()]
+    together = torch.from_numpy(session.run(None, {name: inputs.numpy()})[0])
+    alone = torch.cat([torch.from_numpy(session.run(None, {name: image[None].numpy()})[0]) for image in inputs[:2]])
+    if (alone - together[:2]).abs().max() > 1e-4 * max(1.0, float(together.abs().max())):
+        raise RuntimeError("an image has other logits alone than among others")
+    return json.loads(session.get_modelmeta().custom_metadata_map["classes"]), together
+
+
+ALONE: dict[str, Callable[[Path, Tensor], Reloaded]] = {"py": reload_py, "onnx": reload_onnx}
 """Formats that must work where this project is not installed. They are reloaded first."""
 
 WITH_PACKAGE: dict[str, Callable[[Path, Tensor], Reloaded]] = {

@@ -238,17 +238,24 @@ def _program(
     return program
 
 
+def traced() -> bool:
+    """Whether somebody writes down what is computed, for batches of any size: no question may be asked about sizes."""
+    return (
+        torch.compiler.is_exporting()
+        or torch.compiler.is_compiling()
+        or torch.onnx.is_in_onnx_export()
+        or torch.jit.is_tracing()
+    )
+
+
 def suits(x: Tensor) -> bool:
     """Whether the kernels can take ``x``: images on a CPU, nobody tracing or counting."""
     return (
-        x.device.type == "cpu"
+        not traced()
+        and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
         and x.dim() == 4
         and x.numel() > 0
-        and not torch.compiler.is_exporting()
-        and not torch.compiler.is_compiling()
-        and not torch.onnx.is_in_onnx_export()
-        and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
         # Counters, fake tensors and function transforms have to see torch's own operations.
         and torch._C._len_torch_dispatch_stack() == 0
@@ -263,7 +270,7 @@ def in_pieces(network: nn.Module, x: Tensor, pixels: int) -> Sequence[Tensor]:
     pixels: of the largest map. Otherwise, or where somebody watches a module at work, ``x`` as it is.
     """
     size = max(LANES, FAST_PIXELS // pixels // LANES * LANES)
-    if len(x) <= size or not suits(x):
+    if traced() or len(x) <= size or not suits(x):
         return [x]
     inside = network.__dict__.get("_inside")
     if inside is None or not inside.stand():
@@ -287,7 +294,7 @@ def _watched(modules: Iterable[nn.Module]) -> bool:
 
 def concatenate(tensors: Sequence[Tensor]) -> Tensor:
     """Concatenation along the channels of [N, C_i, H, W] that keeps the memory order."""
-    if all(x.permute(1, 2, 3, 0).is_contiguous() for x in tensors):
+    if not traced() and all(x.permute(1, 2, 3, 0).is_contiguous() for x in tensors):
         return torch.cat([x.permute(1, 2, 3, 0) for x in tensors], dim=0).permute(3, 0, 1, 2)
     return torch.cat([*tensors], dim=1)
 

@@ -1,13 +1,17 @@
 """Exported files: written as asked, and checked in a fresh process against the model."""
 
+import json
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import nas
 from nas.errors import InputError
+from nas.export.onnx_file import onnx_bytes
 from nas.export.package import FORMATS, ExportedFile, export_model
 from nas.export.parity import ExportMismatch, check_exports
 from search_spaces.genotype import read_genotype
@@ -23,7 +27,7 @@ def test_every_format_writes_its_files_and_nothing_else(arnas, tmp_path):
 
 
 def test_unknown_format_is_refused_before_anything_is_written(arnas, tmp_path):
-    with pytest.raises(InputError, match="unknown export format 'pickle'; known: json, safetensors, py"):
+    with pytest.raises(InputError, match="unknown export format 'pickle'; known: json, safetensors, py, onnx"):
         export_model(arnas.spec, arnas.model, tmp_path / "export", ["json", "pickle"])
     assert not (tmp_path / "export").exists()
 
@@ -84,3 +88,31 @@ def test_other_specification_and_logits_that_are_no_numbers_are_found(arnas, tmp
 def test_folder_without_exports_is_refused(arnas, tmp_path):
     with pytest.raises(InputError, match="no exported files"):
         check_exports(tmp_path, arnas.spec, arnas.model, arnas.inputs)
+
+
+def test_onnx_takes_any_number_of_images_and_names_its_classes(arnas):
+    session = onnxruntime.InferenceSession(onnx_bytes(arnas.model, arnas.spec.input_shape, arnas.spec.classes))
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == list(arnas.spec.classes)
+    generator = torch.Generator().manual_seed(0)
+    for count in (1, 3, 17):
+        x = torch.rand(count, *arnas.spec.input_shape, generator=generator)
+        with torch.no_grad():
+            expected = arnas.model(x)
+        (logits,) = session.run(None, {"pixels": x.numpy()})
+        assert (torch.from_numpy(logits) - expected).abs().max() <= 1e-5
+
+
+def test_a_network_without_a_form_in_onnx_is_an_input_error():
+    class Sorted(nn.Module):
+        def forward(self, x):
+            return x[x > 0.5] if x.sum() > 0 else x
+
+    with pytest.raises(InputError, match="no form in ONNX"):
+        onnx_bytes(Sorted(), (1, 4, 4))
+
+
+def test_onnx_without_its_packages_says_what_to_install(arnas, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'dsara-nas\[onnx\]'"):
+        export_model(arnas.spec, arnas.model, tmp_path / "new", ["json", "onnx"])
+    assert not (tmp_path / "new").exists()

@@ -36,10 +36,18 @@ TASKS = (
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the reloading of exports and the pictures of the report, which take seconds."""
+    """Leave out the reloading of exports, the pictures of the report and the timing of networks, which take seconds."""
     for place in ("nas.export.parity", "runs.tasks"):
         monkeypatch.setattr(f"{place}.check_exports", lambda folder, spec, model, inputs: [])
     monkeypatch.setattr("nas.report.page.write_report", lambda results, path: path.write_text("report"))
+    rows = {"before": RATE, "compressed": {**RATE, "speed": 0.5}}
+    monkeypatch.setattr(
+        "runs.tasks.throughput",
+        lambda models, x: {"engines": {"eager": {"batches": {"1": {n: rows[n] for n in models}}}}},
+    )
+
+
+RATE = {"p50": 0.002, "p90": 0.003, "images_per_second": 500.0, "calls": 100, "speed": 1.0}
 
 
 def folder_of(run: Path, network: str) -> Path:
@@ -71,6 +79,7 @@ def test_a_run_leaves_what_it_promises_and_nothing_else(finished_run: Path) -> N
         expected |= {str(folder / name) for name in trained}
         expected.add(f"evaluate/{network}/progress.safetensors")
     expected |= {f"{folder}/{name}" for folder in ("export", "export/compressed") for name in exported}
+    expected.add("compress/step.json")
     files = [path.relative_to(finished_run) for path in finished_run.rglob("*") if path.is_file()]
     found = {str(path.with_name("events") if path.name.startswith("events.") else path) for path in files}
     assert found == expected
@@ -243,7 +252,19 @@ def test_compress_into_another_folder(run_copy: Path, quick: None, tmp_path: Pat
         assert nas(*recommended[1:]).status == 0
 
 
-def test_a_compression_that_was_stopped_goes_on(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compress_by_several_methods_in_order(run_copy: Path, quick: None) -> None:
+    command = ["compress", run_copy, "--model", "plain", "--method", "magnitude,magnitude"]
+    assert "each method once" in nas(*command).refusal
+    outcome = nas("compress", run_copy, "--model", "plain", "--keep", "0.5", "--epochs", 0)
+    assert outcome.status == 0, outcome.err
+    assert "no speed-up (0.50 times as fast as before)" in outcome.out
+    (folder,) = run_copy.glob("compress-*")
+    result = read(folder / "result.json")
+    assert result["training"] == [] and result["transfer"]["from"].keys() == {"the network before"}
+    assert read(folder / "throughput.json")["engines"]["eager"]["batches"]["1"]["compressed"]["speed"] == 0.5
+
+
+def test_a_compression_that_was_stopped_goes_on(run_copy: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["compress", run_copy, "--model", "plain", "--epochs", "2", "--json"]
     whole = nas(*command).json()
     (folder,) = run_copy.glob("compress-*")

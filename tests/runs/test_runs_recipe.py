@@ -14,6 +14,7 @@ import pytest
 from nas import plugins
 from nas.attacks.fgsm import Fgsm
 from nas.attacks.pgd import Pgd
+from nas.compression.magnitude import MagnitudePruning
 from nas.errors import InputError
 from nas.search.architecture_gradient import FirstOrder, Unrolled
 from nas.search.bilevel import Search, Stage
@@ -23,6 +24,7 @@ from nas.training.loop import Training
 from nas.training.pgd_at import PgdAt
 from nas.training.standard import Standard
 from nas.training.trades import Trades
+from runs.compress_part import CompressPart
 from runs.construct import construct
 from runs.directory import RunDirectory, check_same_recipe
 from runs.recipe import (
@@ -292,7 +294,7 @@ def test_wrong_type_names_key_and_type(override: str, words: list[str]) -> None:
         ("train.channels=0", ["train", "channels"]),
         ("compress.keep=0", ["keep", "above 0 and at most 1"]),
         ("compress.keep=1.5", ["keep", "above 0 and at most 1"]),
-        ("compress.fine_tune.epochs=0", ["epochs", "at least 1"]),
+        ("compress.fine_tune.epochs=-1", ["epochs", "at least 0"]),
         ("baselines.tolerance=0.0", ["baselines", "tolerance"]),
         ("space.ratio=[1]", ["space", "ratio"]),
         ("space.sections=[]", ["space", "section"]),
@@ -542,15 +544,39 @@ def test_the_space_keeps_its_layout_but_for_what_is_said() -> None:
     assert changed.operations == default.operations
 
 
+def compression(table: dict[str, Any], epochs: int = 30) -> CompressPart:
+    training = {"channels": 4, "cells": 4, "epochs": epochs, "optimiser": {"learning_rate": 0.4}}
+    part = minimal(train=training, compress=table).compress
+    assert part is not None
+    return part
+
+
 def test_fine_tuning_is_a_quarter_of_the_training_unless_stated() -> None:
-    training = {"channels": 4, "cells": 4, "epochs": 30, "optimiser": {"learning_rate": 0.4}}
-    compress = minimal(train=training, compress={"name": "magnitude"}).compress
-    assert compress is not None
-    assert (compress.fine_tune.epochs, compress.fine_tune.optimiser.learning_rate) == (7, 0.1)
-    stated = {"name": "magnitude", "fine_tune": {"epochs": 3}}
-    compress = minimal(train=training, compress=stated).compress
-    assert compress is not None
-    assert (compress.fine_tune.epochs, compress.fine_tune.optimiser.learning_rate) == (3, 0.1)
+    (step,) = compression({"name": "magnitude"}).steps
+    assert (step.fine_tuning.epochs, step.fine_tuning.optimiser.learning_rate) == (7, 0.1)
+    (step,) = compression({"name": "magnitude", "fine_tune": {"epochs": 3}}).steps
+    assert (step.fine_tuning.epochs, step.fine_tuning.optimiser.learning_rate) == (3, 0.1)
+    (step,) = compression({"name": "magnitude", "fine_tune": {"epochs": 0}}).steps
+    assert step.epochs == 0
+    method = {"name": "trades", "beta": 2.0}
+    (step,) = compression({"name": "magnitude", "fine_tune": {"method": method}}).steps
+    assert isinstance(step.objective, Trades) and step.objective.beta == 2
+
+
+def test_steps_of_a_compression_in_order() -> None:
+    steps = [{"name": "magnitude", "keep": 0.5}, {"name": "magnitude", "keep": 0.25, "fine_tune": {"epochs": 2}}]
+    first, second = compression({"steps": steps, "fine_tune": {"epochs": 5, "learning_rate": 0.2}}).steps
+    assert (first.method, first.epochs) == (MagnitudePruning(0.5), 5)
+    assert (second.method, second.epochs) == (MagnitudePruning(0.25), 2)
+    assert first.training.optimiser.learning_rate == second.training.optimiser.learning_rate == 0.2
+    for wrong, words in [
+        ({"steps": []}, "at least one table"),
+        ({"steps": steps, "keep": 0.5}, "'keep' stands beside steps"),
+        ({"steps": [{"name": "magnitude", "kep": 1}]}, "did you mean 'keep'"),
+        ({"steps": [{"keep": 1}]}, "name is missing"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            compression(wrong)
 
 
 # --- attacks and methods
