@@ -40,7 +40,7 @@ from runs.detecting import judge_detected
 from runs.directory import RunDirectory, flatten, read_json, write_json
 from runs.judging import judge
 from runs.recipe import Recipe
-from runs.tasks import Context, Task, bench_of, model_folder, model_result, to_train, train_in
+from runs.tasks import Context, Task, bench_of, compress_into, model_folder, model_result, to_train, train_in
 from search_spaces.catalogue import load_genotype, space_of
 from search_spaces.genotype import SCHEMA, AnyGenotype, genotype_from_data
 
@@ -69,11 +69,20 @@ def plan(recipe: Recipe) -> list[Task]:
         for seed, teacher in zip(part.seeds, taught, strict=True):
             name = f"train/{contender.name}-{seed}"
             tasks.append(Task(name, (*sorted(counts), *teacher), _train(contender, seed)))
+    compressed = [contender for contender in part.contenders if contender.compress is not None]
+    for contender in compressed:
+        for seed in part.seeds:
+            parent = (f"train/{contender.network}-{seed}",)
+            tasks.append(Task(f"train/{contender.name}-{seed}", parent, _compress(contender, seed)))
+    for name in dict.fromkeys(contender.network for contender in compressed):
+        group = [name, *(contender.name for contender in compressed if contender.network == name)]
+        needs = tuple(f"train/{one}-{part.seeds[0]}" for one in group)
+        tasks.append(Task(f"throughput/{name}", needs, _throughput(group), alone=True))
     # What takes longest begins first.
     judged = sorted(part.contenders, key=lambda contender: prediction_of(contender.train.objective) is None)
     for contender in judged:
         for seed in part.seeds:
-            needs = (f"train/{contender.network}-{seed}",)
+            needs = (f"train/{contender.folder}-{seed}",)
             tasks.append(Task(f"evaluate/{contender.name}-{seed}", needs, _evaluate(contender, seed)))
             if contender.certify is not None:
                 tasks.append(Task(f"certify/{contender.name}-{seed}", needs, _certify(contender, seed)))
@@ -179,6 +188,40 @@ class Laps:
         write_json({"epochs": self.seconds}, self.path)
 
 
+def _compress(contender: Contender, seed: int) -> Work:
+    def work(context: Context) -> dict[str, Any]:
+        source = f"{contender.network}-{seed}"
+        if "failed" in context.run.needed(f"train/{source}"):
+            return FAILED
+        assert contender.compress is not None
+        folder = context.run.folder(f"train/{contender.name}-{seed}")
+        try:
+            inner = _context(context, contender, seed)
+            return compress_into(inner, contender.compress, model_folder(context.run, source), folder)
+        except Diverged as failure:
+            return {"failed": str(failure)}
+
+    return work
+
+
+def _throughput(names: list[str]) -> Work:
+    """How fast the networks of the first seed are beside that of the first name; what was measured is in a file."""
+
+    def work(context: Context) -> dict[str, Any]:
+        seed = _part(context.recipe).seeds[0]
+        folders = {name: f"{name}-{seed}" for name in names}
+        models = {
+            name: load_model(model_folder(context.run, folder), context.device)[1]
+            for name, folder in folders.items()
+            if "failed" not in context.run.needed(f"train/{folder}")
+        }
+        found = context.throughput(models) if names[0] in models else {"engines": {}}
+        write_json(found, context.run.folder(f"throughput/{names[0]}") / "measured.json")
+        return {}
+
+    return work
+
+
 def _evaluate(contender: Contender, seed: int) -> Work:
     def work(context: Context) -> dict[str, Any]:
         inner = _context(context, contender, seed)
@@ -190,16 +233,22 @@ def _evaluate(contender: Contender, seed: int) -> Work:
         if contender.detect is not None:
             rows = inner.split.validation.to(inner.device)
             return judge_detected(bench, model, trials, contender.detect, inner.data.x_train[rows].float() / 255)
-        return judge(bench, model, trials, folder)
+        parent = {}
+        if contender.compress is not None:
+            parent[contender.network] = load_model(
+                model_folder(context.run, f"{contender.network}-{seed}"), context.device
+            )[1]
+        return judge(bench, model, trials, folder, surrogates=parent)
 
     return work
 
 
 def _trained(context: Context, contender: Contender, seed: int) -> nn.Module | None:
-    """The trained network of a contender, None where its training failed."""
-    if "failed" in context.run.needed(f"train/{contender.network}-{seed}"):
+    """The network of a contender that is judged, None where its training failed."""
+    name = f"{contender.folder}-{seed}"
+    if "failed" in context.run.needed(f"train/{name}"):
         return None
-    return load_model(model_folder(context.run, f"{contender.network}-{seed}"), context.device)[1]
+    return load_model(model_folder(context.run, name), context.device)[1]
 
 
 def _certify(contender: Contender, seed: int) -> Work:
@@ -282,10 +331,12 @@ def _contender(run: RunDirectory, part: ComparePart, contender: Contender) -> di
     """A contender: how it was trained, at what cost, each seed's results, and their mean and deviation."""
     cost, first = cost_of(run, contender), part.contenders[0]
     epochs = epochs_of(run, part, contender)
+    if contender.compress is not None:
+        epochs += contender.compress.epochs
     passes = cost.passes(epochs)
     seeds = []
     for seed in part.seeds:
-        trained = run.needed(f"train/{contender.network}-{seed}")
+        trained = run.needed(f"train/{contender.folder}-{seed}")
         if "failed" in trained:
             seeds.append({"seed": seed, "failed": trained["failed"]})
             continue
@@ -322,6 +373,8 @@ def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
     summary: dict[str, Any] = {
         "parameters": runs[0]["parameters"],
+        "nonzero": over(lambda run: run["nonzero"]),
+        "bytes": over(lambda run: run["bytes"]["sparse"]),
         "macs": runs[0]["macs"],
         "n": runs[0]["n"],
         "natural": over(lambda run: run["natural"]),
@@ -383,7 +436,20 @@ def _measured(run: RunDirectory, part: ComparePart, contender: Contender) -> dic
     """Seconds of each training and bytes of a step: what depends on the machine and the moment."""
     seconds = []
     for seed in part.seeds:
-        path = run.path / f"train/{contender.network}-{seed}" / "measured.json"
+        path = run.path / f"train/{contender.folder}-{seed}" / "measured.json"
         seconds.append(round(sum(read_json(path)["epochs"].values()), 2) if path.exists() else None)
     memory = read_json(run.path / f"measure/{contender.network}" / "measured.json")["memory"]
-    return {"seconds": seconds, "memory": memory}
+    speeds = run.path / f"throughput/{contender.network}" / "measured.json"
+    return {
+        "seconds": seconds,
+        "memory": memory,
+        "speed": _speed(read_json(speeds) if speeds.exists() else {}, contender),
+    }
+
+
+def _speed(found: Mapping[str, Any], contender: Contender) -> dict[str, dict[str, Any]]:
+    """By engine and batch, how fast the networks of a contender are."""
+    return {
+        engine: {batch: rows[contender.folder] for batch, rows in entry["batches"].items() if contender.folder in rows}
+        for engine, entry in found.get("engines", {}).items()
+    }

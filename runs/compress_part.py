@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nas import plugins
-from nas.compression.plan import Compression
+from nas.compression.plan import Compression, Steers
 from nas.errors import InputError
 from nas.objective import Attack, Objective
 from nas.training.loop import Training
@@ -63,6 +63,12 @@ class CompressPart:
     """Compression methods in the order they are applied."""
 
     steps: tuple[Step, ...]
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of all training: what leads up to the plans, and fine-tuning."""
+        led = [step.method.epochs for step in self.steps if isinstance(step.method, Steers)]
+        return sum(step.epochs for step in self.steps) + sum(led)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from nas.detection.squeezers import BitDepth, MedianFilter, NonLocalMeans
 from nas.errors import InputError, nearest
 from nas.evaluation.certification import Smoothing
 from nas.training.loop import Training
+from runs.compress_part import CompressPart
 from runs.construct import check_keys, chosen, construct, mapping, name_of
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ CHANGES = (
     *(f.name for f in dataclasses.fields(Training)),
 )
 """Keys of [train] that a contender may state for itself. Not the size: all train the same network."""
+
+
+BESIDE = ("network", "compress", "certify", "detect")
+"""Keys of a contender beside its name that are not about training."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class Contender:
     """One way to train the network, and what is judged beside the attacks.
 
     network: whose networks these are: its own name, or another contender's, which are then not trained again.
+    compress: how that other contender's networks are compressed, which makes them its own.
     teacher: the contender whose network of the same seed it learns from, where its method names one as teacher.
     """
 
@@ -81,13 +87,19 @@ class Contender:
     network: str
     train: TrainPart
     teacher: str | None = None
+    compress: CompressPart | None = None
     certify: Certify | None = None
     detect: Detect | None = None
 
     @property
     def trains(self) -> bool:
-        """Whether it trains networks of its own."""
+        """Whether it trains networks of its own from the beginning."""
         return self.network == self.name
+
+    @property
+    def folder(self) -> str:
+        """Whose networks are judged, by the name their folders begin with."""
+        return self.network if self.compress is None else self.name
 
 
 @dataclass(frozen=True)
@@ -127,19 +139,28 @@ class ComparePart:
         return self.contender(self.reference, "reference") if self.reference else self.contenders[0]
 
 
-def compare_from(table: object, train_table: object, train: Callable[[Table, str], TrainPart]) -> ComparePart:
-    """The comparison that [compare] describes, on the base of [train].
+@dataclass(frozen=True)
+class Makers:
+    """How a recipe makes what a contender states, at a place that mistakes are reported for.
 
-    train: makes the training of a table, at a place in the recipe that mistakes are reported for.
+    train: the training of a table;  compress: the compression of a table, of networks trained as another one says.
     """
+
+    train: Callable[[Table, str], TrainPart]
+    compress: Callable[[object, Table, TrainPart, str], CompressPart]
+
+
+def compare_from(table: object, train_table: object, makers: Makers) -> ComparePart:
+    """The comparison that [compare] describes, on the base of [train]."""
     entries = dict(mapping(table, "compare"))
     tables = entries.pop("contenders", None)
     if not isinstance(tables, list) or not tables:
         raise InputError("compare.contenders must be a list of at least one table, each with a name")
     contenders: list[Contender] = []
+    training: dict[str, Table] = {}
     for index, item in enumerate(tables):
         where = f"compare.contenders[{index}]"
-        contender = _contender(item, where, mapping(train_table, "train"), train, contenders)
+        contender = _contender(item, where, mapping(train_table, "train"), makers, contenders, training)
         if any(contender.name == other.name for other in contenders):
             raise InputError(f"{where}: there are two contenders named '{contender.name}'")
         contenders.append(contender)
@@ -155,14 +176,15 @@ def compare_from(table: object, train_table: object, train: Callable[[Table, str
 
 
 def _contender(
-    item: object, where: str, base: Table, train: Callable[[Table, str], TrainPart], before: list[Contender]
+    item: object, where: str, base: Table, makers: Makers, before: list[Contender], training: dict[str, Table]
 ) -> Contender:
+    """A contender; training: the tables that those before are trained by, to which its own is added."""
     entries = dict(mapping(item, where))
     name = name_of(entries, where)
     if not name or not all(c.isalnum() or c in "-_" for c in name):
         raise InputError(f"{where}.name '{name[:40]}' may consist of letters, digits, '-' and '_' only")
-    beside = {key: entries.pop(key) for key in ("network", "certify", "detect") if key in entries}
-    check_keys(entries, CHANGES, where, ("name", "network", "certify", "detect"))
+    beside = {key: entries.pop(key) for key in BESIDE if key in entries}
+    check_keys(entries, CHANGES, where, ("name", *BESIDE))
     network = beside.get("network", name)
     if "network" in beside:
         own = [other for other in before if other.trains]
@@ -175,15 +197,22 @@ def _contender(
             )
     part = next((other.train for other in before if other.name == network), None)
     if part is None:
-        part = train(merged(base, entries), where)
+        training[name] = merged(base, entries)
+        part = makers.train(training[name], where)
     if "attack" in entries and not hasattr(part.objective, "attack"):
         raise InputError(f"{where}.attack: its training method takes none; leave it out")
+    compress = None
+    if "compress" in beside:
+        if "network" not in beside:
+            raise InputError(f"{where}.compress: say whose networks by network = one of the contenders above")
+        compress = makers.compress(beside["compress"], training[network], part, f"{where}.compress")
     teacher = getattr(part.objective, "teacher", None)
     return Contender(
         name,
         network,
         part,
         teacher if any(other.name == teacher and other.trains for other in before) else None,
+        compress,
         _certify(beside["certify"], f"{where}.certify") if "certify" in beside else None,
         _detect(beside["detect"], f"{where}.detect") if "detect" in beside else None,
     )

@@ -26,6 +26,7 @@ from nas.training.weight_perturbation import WeightPerturbation
 from runs.compress_part import CompressPart, Makers, compress_from
 from runs.construct import check_keys, chosen, construct, mapping, name_of
 from runs.contenders import ComparePart, compare_from
+from runs.contenders import Makers as ContenderMakers
 from search_spaces.catalogue import spaces
 from search_spaces.cell_space import CellSpace
 from search_spaces.genotype import StageGenotype
@@ -235,7 +236,16 @@ def build(table: Table) -> Recipe:
         else None,
         baselines=construct(Baselines, table.get("baselines", {}), "baselines"),
         evaluate=_evaluate(table["evaluate"], threat_model),
-        compare=compare_from(compared, train_table, lambda changed, where: _train(changed, threat_model, where))
+        compare=compare_from(
+            compared,
+            train_table,
+            ContenderMakers(
+                train=lambda changed, where: _train(changed, threat_model, where),
+                compress=lambda changed, trained, part, where: compression_from(
+                    changed, trained, part.training, threat_model, where
+                ),
+            ),
+        )
         if "compare" in table
         else None,
         table=copy.deepcopy(dict(table)),

@@ -22,6 +22,7 @@ from nas.analysis.drawing import draw_cell
 from nas.analysis.throughput import throughput
 from nas.analysis.topology import topology
 from nas.compression.plan import Recovers, Steers, plan_for
+from nas.compression.size import stored_size
 from nas.data.image_data import ImageData
 from nas.data.split import Split, split
 from nas.errors import InputError
@@ -402,6 +403,7 @@ def model_result(spec: ModelSpec, model: nn.Module, folder: Path, records: list[
         "prediction": "one network" if spec.prediction is None else str(spec.prediction),
         "parameters": size.parameters,
         "nonzero": nonzero_parameters(model),
+        "bytes": dataclasses.asdict(stored_size(model)),
         "macs": size.macs,
         "digest": weights_digest(model),
         "training": records,

@@ -41,11 +41,47 @@ def columns(results: Data) -> list[Column]:
         Column("masking", lambda results, contender: masking(contender), number=False),
         *(Column(name, _attack_text(name), _attack_share(name), attack=True) for name in names),
         *([Column("certified (0, sigma)", lambda results, contender: certified_text(contender))] if certified else []),
+        *(COMPRESSED if compressed(results) else []),
         Column("epochs", lambda results, contender: f"{contender['epochs']}"),
         Column("passes", lambda results, contender: f"{contender['passes']['relative']:.2f}"),
         Column("seconds", lambda results, contender: seconds(results, contender)),
         Column("memory", lambda results, contender: memory(results, contender)),
     ]
+
+
+def compressed(results: Data) -> bool:
+    """Whether networks of different size are compared."""
+    return any(measured.get("speed") for measured in results["measured"].values())
+
+
+def size(contender: Data, key: str) -> str:
+    """Parameters, non-zeros or bytes, the mean over the seeds."""
+    value = contender.get(key)
+    mean = value.get("mean") if isinstance(value, Mapping) else value
+    return ABSENT if mean is None else f"{mean:,.0f}"
+
+
+def speed(results: Data, contender: Data, engine: str, batch: str) -> str:
+    """How many times as fast as the network before compression."""
+    row = results["measured"][contender["name"]]["speed"].get(engine, {}).get(batch)
+    return ABSENT if row is None else f"{row['speed']:.2f} x"
+
+
+def _speed_column(engine: str, batch: str, title: str) -> Column:
+    return Column(title, lambda results, contender: speed(results, contender, engine, batch))
+
+
+COMPRESSED = [
+    Column("parameters", lambda results, contender: size(contender, "parameters")),
+    Column("non-zero", lambda results, contender: size(contender, "nonzero")),
+    Column("bytes", lambda results, contender: size(contender, "bytes")),
+    Column("MACs", lambda results, contender: size(contender, "macs")),
+    _speed_column("eager", "1", "speed, 1 image"),
+    _speed_column("eager", "64", "64 images"),
+    _speed_column("onnxruntime", "1", "ONNX Runtime, 1 image"),
+    _speed_column("onnxruntime", "64", "64 images, ONNX"),
+]
+"""Columns where networks are compressed."""
 
 
 def markdown(results: Data) -> str:
@@ -76,6 +112,12 @@ def legend(results: Data) -> list[str]:
         "forwards and backwards, as a multiple of the first contender's. Seconds: of one training. Memory: what a step "
         "takes at its peak beyond network and images."
     ]
+    if compressed(results):
+        lines[0] += (
+            " Bytes: as stored, a masked weight as one bit. Speed: how many times as fast as the network before "
+            "compression, measured in turns on one machine; below 1 it is slower. Epochs and passes: with those of the "
+            "network before."
+        )
     if any("detection" in contender for contender in results["contenders"]):
         lines[0] += (
             " Behind a detector an attacked image also counts as withstood where it is refused, and a clean one only "

@@ -232,6 +232,45 @@ def test_a_contender_is_the_teacher_of_another(tmp_path: Path, monkeypatch: pyte
         assert [a == b for a, b in zip(fixed["ard"], taught["ard"], strict=True)] == [i == index for i in range(2)]
 
 
+def test_compressed_networks_are_compared_with_those_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_quick(monkeypatch)
+    rate = {"p50": 0.002, "p90": 0.003, "images_per_second": 500.0, "calls": 100}
+
+    def timed(models: dict[str, Any], x: Any) -> dict[str, Any]:
+        speeds = {name: {**rate, "speed": 1.0 - 0.25 * i} for i, name in enumerate(models)}
+        return {"engines": {"eager": {"batches": {"1": speeds}}}}
+
+    monkeypatch.setattr("runs.tasks.throughput", timed)
+    step = "{name='magnitude', keep=0.5}"
+    contenders = [
+        "{name='at'}",
+        f"{{name='half', network='at', compress={{steps=[{step}], fine_tune={{epochs=1}}}}}}",
+        "{name='tenth', network='at', compress={name='magnitude', keep=0.1, fine_tune={epochs=0}}}",
+    ]
+    options = settings(f"compare.contenders=[{', '.join(contenders)}]", "train.epochs=2", "compare.equal='nothing'")
+    options += settings("compare.genotype.depths=[2]")
+    outcome = nas("compare", comparison_recipe(tmp_path), "--out", "run", *options)
+    assert outcome.status == 0, outcome.err
+    results = results_of(Path("run"))
+    at, half, tenth = results["contenders"]
+    assert (at["epochs"], half["epochs"], tenth["epochs"]) == (2, 3, 2)
+    assert at["nonzero"]["mean"] > half["nonzero"]["mean"] > tenth["nonzero"]["mean"]
+    assert at["bytes"]["mean"] > half["bytes"]["mean"] > tenth["bytes"]["mean"]
+    assert half["parameters"] == at["parameters"]
+    for entry in (half, tenth):
+        for run, parent in zip(entry["runs"], at["runs"], strict=True):
+            assert run["digest"] != parent["digest"] and run["transfer"]["from"].keys() == {"at"}
+    assert "transfer" not in at["runs"][0]
+    lines = (Path("run") / "table.md").read_text().splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    column = table[0].index("speed, 1 image")
+    assert [row[column] for row in table[2:]] == ["1.00 x", "0.75 x", "0.50 x"]
+    assert "speed, 1 image" in nas("compare", "--resume", "run").out
+    assert "say whose networks" in nas(
+        "compare", comparison_recipe(tmp_path), *settings(f"compare.contenders=[{{name='a', compress={step}}}]")
+    ).refusal  # fmt: skip
+
+
 def test_smoothing_is_certified(finished: Path) -> None:
     for run in contender(results_of(finished), "noisy")["runs"]:
         curve = run["certification"]["certified_accuracy"]
