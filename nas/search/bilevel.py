@@ -28,11 +28,11 @@ from nas.min_norm import min_norm_direction
 from nas.model_state import evaluating, frozen_statistics
 from nas.objective import Attack, Batch, Objective, State
 from nas.optimisation import Sgd, optimiser_tree, restore_optimiser, weight_step
+from nas.precision import check_bfloat16, in_bfloat16
 from nas.randomness import generator
 from nas.search import monitor
 from nas.search.architecture_gradient import FirstOrder, Loss, Unrolled, WeightStep
 from nas.search.perturbation_memory import PerturbationMemory, check_can_start
-from nas.search.precision import check_bfloat16, in_bfloat16
 from nas.search.recomputation import recompute
 from nas.search.relaxation import Mixture, SampledPath
 from nas.tensor_file import read_tree, write_tree

@@ -220,7 +220,8 @@ def _last_linear(model: nn.Module, x: Tensor) -> nn.Linear:
         module.register_forward_hook(lambda module, given, output: passed.append((module, output))) for module in linear
     ]
     try:
-        with crafting(model), torch.no_grad():
+        # Without autocast, after which logits are cast: another tensor than the layer's.
+        with crafting(model), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             logits = model(x[:1])
     finally:
         for handle in handles:

@@ -31,6 +31,7 @@ from nas.objective import (
     prepared,
 )
 from nas.optimisation import Sgd, gradient_step, optimiser_tree, restore_optimiser
+from nas.precision import Precision, passes_in
 from nas.prediction import begin
 from nas.randomness import generator
 from nas.tensor_file import read_tree, write_tree
@@ -50,6 +51,8 @@ class Training:
     swa: share of the training after which the mean of the weights at the ends of epochs (stochastic weight averaging)
     is validated and kept; 0 for none. It wants a schedule that still moves there, "steps" or "constant".
     validate_every: epochs between validations; the last epochs' validation always takes place.
+    precision: "bfloat16" carries out the passes of training steps by autocast, for devices that gain by it; weights,
+    losses and validation stay float32.
     """
 
     epochs: int = 30
@@ -60,6 +63,7 @@ class Training:
     ema_warmup: float = 0.0
     swa: float = 0.0
     validate_every: int = 1
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 2 or self.validate_every < 1:
@@ -173,7 +177,8 @@ def train(
         for step, batch in enumerate(batch for batch in epoch_batches for _ in range(replays)):
             progress = (epoch + step / steps) / training.epochs
             state = State(epoch, epoch * steps + step, progress, attack_generator, method_generator)
-            loss, gradients, metrics = gradients_of(objective, model, batch, state, parameters)
+            with passes_in(training.precision, model, device):
+                loss, gradients, metrics = gradients_of(objective, model, batch, state, parameters)
             rate, clip = training.optimiser.rate(progress), training.optimiser.clip
             gradient_step(gradients, parameters, optimiser, rate, clip)
             if average is not None:

@@ -30,7 +30,7 @@ class Teacher:
         """The logits; the same tensor where the last call was for this very batch."""
         if self._logits is None or self._x is not x:
             with torch.no_grad(), constant(self._model):
-                self._x, self._logits = x, self._model(x)
+                self._x, self._logits = x, self._model(x).to(x.dtype)  # under autocast, too
         assert self._logits is not None
         return self._logits
 

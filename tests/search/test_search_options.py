@@ -5,17 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nas import precision
 from nas.attacks.fgsm import Fgsm
 from nas.attacks.pgd import Pgd
 from nas.data.augmentation import Augmentation
 from nas.data.image_data import ImageData
 from nas.data.split import split
 from nas.errors import InputError
-from nas.search import bilevel, precision
+from nas.precision import check_bfloat16, in_bfloat16
+from nas.search import bilevel
 from nas.search.architecture_gradient import FirstOrder, Unrolled
 from nas.search.bilevel import ArchitectureAdam, Search, Stage, search
 from nas.search.perturbation_memory import PerturbationMemory
-from nas.search.precision import check_bfloat16, in_bfloat16
 from nas.search.relaxation import Mixture, SampledPath
 from nas.tensor_file import read_tree
 from nas.threat_model import ThreatModel

@@ -15,6 +15,7 @@ from nas.data.augmentation import Augmentation
 from nas.model_file import ModelSpec, save_model
 from nas.objective import Batch, Gradients, Setting, State, TrainsOn, gradients_of, kept_by, prediction_of, prepared
 from nas.optimisation import Sgd
+from nas.precision import passes_in
 from nas.prediction import networks_in
 from nas.threat_model import ThreatModel
 from nas.training.loop import Training, train
@@ -252,6 +253,25 @@ def test_without_its_idea_a_method_is_another(name, method, data, parts, network
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
     for gradient, slope in zip(gradients, slopes, strict=True):
         torch.testing.assert_close(gradient, slope, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_bfloat16_is_the_same_step_but_for_rounding(name, method, data, parts, network, monkeypatch):
+    """At clean images, as a sign of an attack's gradient that rounding turns would make another batch."""
+    chosen = method(name, 0.0, **{**QUICK.get(name, {}), **UNMIXED.get(name, {})})
+    model = _network(network, chosen)
+    ready = _ready(name, chosen, model, data, parts)
+    batch = _batch(ready, data)
+    loss, gradients, _ = _gradients(ready, model, batch)
+    monkeypatch.setattr("nas.precision.check_bfloat16", lambda device: None)  # emulated where there is none
+    with passes_in("bfloat16", model, torch.device("cpu")):
+        rounded, slopes, metrics = _gradients(ready, model, batch)
+    assert not any("forward" in vars(module) for module in model.modules()) and not torch.is_autocast_enabled("cpu")
+    assert all(slope is None or slope.dtype == torch.float32 for slope in slopes)
+    assert math.isfinite(rounded) and all(math.isfinite(value) for value in metrics.values())
+    ours, theirs = (torch.cat([g.flatten() for g in one if g is not None]) for one in (slopes, gradients))
+    assert 0.98 < torch.cosine_similarity(ours, theirs, 0).item() < 1
+    assert rounded.item() == pytest.approx(loss.item(), rel=0.05, abs=0.02)
 
 
 class Stopped(Exception):

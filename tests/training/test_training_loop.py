@@ -108,6 +108,25 @@ def test_training_learns(data, parts, network):
     assert [record["epoch"] for record in records] == list(range(8))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_bfloat16_trains_nearly_the_same_network(method, data, parts, network, monkeypatch):
+    monkeypatch.setattr("nas.precision.check_bfloat16", lambda device: None)  # emulated where there is none
+    begun, exact, rounded = (network(auxiliary=True) for _ in range(3))
+    _train(exact, data, parts, METHODS[method], _training(ema=0.5))
+    records = _train(rounded, data, parts, METHODS[method], _training(ema=0.5, precision="bfloat16"))
+    start, one, other = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (begun, exact, rounded))
+    assert not torch.equal(one, other), "it is another precision"
+    assert torch.cosine_similarity(one - start, other - start, 0).item() > 0.9
+    assert all(value.dtype == torch.float32 for value in rounded.parameters()) and records[-1]["loss"] > 0
+
+
+def test_bfloat16_is_refused_where_there_is_none(data, parts, network, monkeypatch):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    with pytest.raises(InputError, match="no bfloat16 arithmetic: use precision = 'float32'"):
+        _train(network(), data, parts, training=_training(precision="bfloat16"))
+
+
 def test_the_average_is_the_exponential_moving_average(data, parts, network):
     """Followed by hand after every step; integer buffers have to pass through it as well."""
     decay, states = 0.9, []
