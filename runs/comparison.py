@@ -198,7 +198,8 @@ def _compress(contender: Contender, seed: int) -> Work:
         try:
             inner = _context(context, contender, seed)
             return compress_into(inner, contender.compress, model_folder(context.run, source), folder)
-        except Diverged as failure:
+        except (Diverged, InputError) as failure:
+            # A method that has nothing to do on this network, or cannot reach its budget, is a result, too.
             return {"failed": str(failure)}
 
     return work

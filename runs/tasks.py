@@ -19,7 +19,7 @@ from torch import nn
 
 from nas.analysis.complexity import complexity, nonzero_parameters, parameters_of, with_parameters
 from nas.analysis.drawing import draw_cell
-from nas.analysis.throughput import throughput
+from nas.analysis.throughput import speed_lines, throughput
 from nas.analysis.topology import topology
 from nas.compression.plan import Recovers, Steers, plan_for
 from nas.compression.size import stored_size
@@ -85,9 +85,9 @@ class Context:
             self.data.y_train.cpu(), architecture=part.architecture, validation=part.validation, seed=self.seed
         )
 
-    def throughput(self, models: Mapping[str, nn.Module]) -> dict[str, Any]:
-        """How fast networks are on test images, against the first of them."""
-        return throughput(models, self.data.x_test[:64].float() / 255)
+    def throughput(self, models: Mapping[str, nn.Module], **more: Any) -> dict[str, Any]:
+        """How fast networks are on test images, against the first of them. more: of ``throughput``."""
+        return throughput(models, self.data.x_test[:64].float() / 255, **more)
 
     def spec(self, genotype: AnyGenotype, channels: int = 0) -> ModelSpec:
         """The network of ``genotype`` for the recipe's data, at the recipe's size unless ``channels`` are given."""
@@ -463,6 +463,14 @@ def _export(context: Context) -> dict[str, Any]:
 
 
 def _report(context: Context) -> dict[str, Any]:
+    """The results, and beside them how fast the networks are: everything else is done, and the machine at rest."""
+    run = context.run
+    if run.result("compress") is not None:
+        folders = {name: model_folder(run, name) for name in ("searched", "compressed")}
+        networks = {name: load_model(folder, context.device)[1] for name, folder in folders.items()}
+        # To make ONNX files takes longer than all of the report: nas compress does.
+        speed = context.throughput(networks, engines=("eager",), turn=0.1)
+        write_json(speed, run.folder("report") / "throughput.json")
     results = collect(context)
     write_json(results, context.run.path / "results.json")
     write_page(context.run, results)
@@ -477,6 +485,9 @@ def write_page(run: RunDirectory, results: Mapping[str, Any]) -> Path:
     paths = sorted(run.path.rglob("timing.json"))
     timing = {str(path.parent.relative_to(run.path)): read_json(path)["seconds"] for path in paths}
     environment = read_json(run.path / "environment.json")
+    measured = run.path / "report" / "throughput.json"
+    if measured.exists():
+        results = {**results, "verdict": [*results["verdict"], *speed_lines(read_json(measured))]}
     write_report({**results, "environment": environment, "timing": timing}, run.path / "report.html")
     return run.path / "report.html"
 

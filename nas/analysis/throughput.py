@@ -28,7 +28,12 @@ Run = Callable[[Tensor], object]
 
 
 def throughput(
-    models: Mapping[str, nn.Module], images: Tensor, *, batches: Sequence[int] = (1, 64), turn: float = TURN
+    models: Mapping[str, nn.Module],
+    images: Tensor,
+    *,
+    batches: Sequence[int] = (1, 64),
+    engines: Sequence[str] = ENGINES,
+    turn: float = TURN,
 ) -> dict[str, Any]:
     """Latency and images per second of ``models``, and how many times as fast as the first each is.
 
@@ -39,7 +44,7 @@ def throughput(
     """
     deployed = {name: _deployed(model) for name, model in models.items()}
     result: dict[str, Any] = {"device": _device_name(images), "threads": torch.get_num_threads(), "engines": {}}
-    for engine in ENGINES:
+    for engine in engines:
         runs, absent = _runs(engine, deployed, images)
         measured: dict[str, Any] = {}
         for batch in batches:

@@ -125,7 +125,13 @@ def train(
     objective = prepared(objective, Setting(model, data, split, seed, training.epochs, training.batch_size, folder))
     memory, start = kept_by(objective, Remembers), kept_by(objective, StartsFrom)
     if start is not None:
-        model.load_state_dict(start.initial_weights())
+        weights = start.initial_weights()
+        if weights.keys() != model.state_dict().keys():
+            raise InputError(
+                f"{type(start).__name__} begins with weights of a network of its own, which this one, steered or "
+                "compressed, cannot take: set compress.fine_tune.method, and epochs of the compression to 0"
+            )
+        model.load_state_dict(weights)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = training.optimiser.optimiser(parameters)
     x, y, indices = data.x_train, data.y_train, split.training.to(device)
