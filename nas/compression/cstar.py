@@ -84,7 +84,7 @@ class Cstar:
                 continue
             found, size = ranks[name], layer.weight.numel()
             if found is None:
-                reason = f"stays dense: within the budget no factors are smaller than its {size} weights"
+                reason = f"stays dense: factors of the ranks it would have are no smaller than its {size} weights"
                 plans.append(LayerPlan(name, "skipped", reason, {}))
                 continue
             shape = list(layer.weight.shape)

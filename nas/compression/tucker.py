@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -110,15 +111,17 @@ def allocate(
     shapes: of the weights;  squares: their ``spectra``;  step: ranks are multiples of it, as far as ``floor``, the
     least rank, and the weight's own size allow.
 
-    Greedy, from full ranks on: of all weights and modes the one is lowered whose removed squared singular values, as a
-    share of those of its weight, are least per number saved, until the sum fits. A weight counts with its own numbers
-    as long as its factors are no fewer. A share removed by two modes bounds the error of both (De Lathauwer et al.,
-    2000, property 10), and the cost of a move only rises as ranks fall, so that a heap finds each next move: the budget
-    is met with less than one move to spare. Raises ``InputError`` for a budget that the floor does not allow.
+    Greedy, from full ranks on: of all weights and modes the one is lowered that loses least of the logarithm of its
+    energy (the sum of the squared singular values it has left) per number saved, until the sum fits. What is maximised
+    is thus the product of the energies that all modes keep (Zhang, Zou, He & Sun, TPAMI 2016, arXiv 1505.06798, section
+    2.4, for one mode a layer): a sum would rather destroy one layer, whose loss is bounded, than weaken several. A
+    weight counts with its own numbers as long as its factors are no fewer. The price of a move only rises as ranks
+    fall, so that a heap finds each next one; the budget is met with less than one move to spare. Raises ``InputError``
+    for a budget that the floor does not allow.
     """
     ranks = [list(full_ranks(shape)) for shape in shapes]
     dense = [math.prod(shape) for shape in shapes]
-    norms = [sum(modes[0]) or 1.0 for modes in squares]
+    energies = [[[0.0, *accumulate(values)] for values in modes] for modes in squares]
 
     def numbers(index: int) -> int:
         return min(dense[index], parameters_of(shapes[index], tuple(ranks[index])))
@@ -129,13 +132,13 @@ def allocate(
         return after
 
     def price(index: int, mode: int) -> float | None:
-        """Share of the squared norm lost per number saved; None at the floor."""
+        """Loss of log energy per number saved; None at the floor."""
         before, after = ranks[index], lowered(index, mode)
         if after == before:
             return None
-        shape = shapes[index]
-        saved = parameters_of(shape, tuple(before)) - parameters_of(shape, tuple(after))
-        return sum(squares[index][mode][after[mode] : before[mode]]) / norms[index] / saved
+        saved = parameters_of(shapes[index], tuple(before)) - parameters_of(shapes[index], tuple(after))
+        removed, energy = sum(squares[index][mode][after[mode] : before[mode]]), energies[index][mode][before[mode]]
+        return -math.log1p(-removed / energy) / saved if removed else 0.0
 
     total = sum(dense)
     heap = [(0.0, index, mode) for index, modes in enumerate(ranks) for mode in range(len(modes))]
@@ -170,11 +173,11 @@ def factorised(layer: Layer, ranks: Ranks, *, fit: bool = True) -> nn.Sequential
     with torch.enable_grad():
         weight = layer.weight  # of a parametrised layer: as computed, which needs gradients where its origin does
     outputs, inputs = weight.shape[:2]
-    like, bias = {"device": weight.device, "dtype": weight.dtype}, layer.bias is not None
+    like, biased = {"device": weight.device, "dtype": weight.dtype}, layer.bias is not None
     parts: list[Layer]
     if isinstance(layer, nn.Linear):
         parts = [skip_init(nn.Linear, inputs, ranks[0], bias=False, **like)]
-        parts += [skip_init(nn.Linear, ranks[0], outputs, bias=bias, **like)]
+        parts += [skip_init(nn.Linear, ranks[0], outputs, bias=biased, **like)]
     else:
         geometry = {
             "kernel_size": layer.kernel_size, "stride": layer.stride, "padding": layer.padding,
@@ -185,20 +188,21 @@ def factorised(layer: Layer, ranks: Ranks, *, fit: bool = True) -> nn.Sequential
         else:
             parts = [skip_init(nn.Conv2d, inputs, ranks[1], 1, bias=False, **like)]
             parts += [skip_init(nn.Conv2d, ranks[1], ranks[0], bias=False, **geometry, **like)]
-        parts += [skip_init(nn.Conv2d, ranks[0], outputs, 1, bias=bias, **like)]
-    if fit:
-        with torch.no_grad():
-            for part, factor in zip(parts, _factors(weight.detach(), ranks), strict=True):
-                part.weight.copy_(factor.reshape(part.weight.shape))
-            if layer.bias is not None:
-                parts[-1].bias.copy_(layer.bias)
-    else:
-        for part in parts:
-            part.reset_parameters()
+        parts += [skip_init(nn.Conv2d, ranks[0], outputs, 1, bias=biased, **like)]
+    factors = _factors(weight, ranks) if fit else []
     for part in parts:
+        if not fit:
+            part.reset_parameters()
         part.weight.requires_grad_(weight.requires_grad)
-    if layer.bias is not None:
-        parts[-1].bias.requires_grad_(layer.bias.requires_grad)
+    last: Tensor | None = parts[-1].bias
+    bias: Tensor | None = layer.bias
+    with torch.no_grad():
+        for part, factor in zip(parts, factors, strict=False):
+            part.weight.copy_(factor.reshape(part.weight.shape))
+        if last is not None and bias is not None:
+            last.requires_grad_(bias.requires_grad)
+            if fit:
+                last.copy_(bias)
     if weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last):
         parts = [part.to(memory_format=torch.channels_last) for part in parts]
     return nn.Sequential(*parts).train(layer.training)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import time
 
 import pytest
@@ -165,13 +166,15 @@ def _greedy(shapes, squares, budget, floor, step):
     ranks = [list(full_ranks(shape)) for shape in shapes]
 
     def total():
-        sizes = [(torch.Size(shape).numel(), parameters_of(shape, tuple(r))) for shape, r in zip(shapes, ranks)]
+        sizes = [
+            (torch.Size(shape).numel(), parameters_of(shape, tuple(r))) for shape, r in zip(shapes, ranks, strict=True)
+        ]
         return sum(min(pair) for pair in sizes)
 
     totals = [total()]
     while totals[-1] > budget:
         moves = []
-        for index, (shape, modes) in enumerate(zip(shapes, squares)):
+        for index, (shape, modes) in enumerate(zip(shapes, squares, strict=True)):
             for mode, values in enumerate(modes):
                 old = ranks[index][mode]
                 new = max(min(floor, old), ((old - 1) // step) * step)
@@ -179,7 +182,7 @@ def _greedy(shapes, squares, budget, floor, step):
                     after = [*ranks[index]]
                     after[mode] = new
                     saved = parameters_of(shape, tuple(ranks[index])) - parameters_of(shape, tuple(after))
-                    moves.append((sum(values[new:old]) / sum(modes[0]) / saved, index, after))
+                    moves.append((math.log(sum(values[:old]) / sum(values[:new])) / saved, index, after))
         _, index, after = min(moves)
         if len(after) == 2:
             pixels = torch.Size(shapes[index][2:]).numel()
@@ -187,7 +190,7 @@ def _greedy(shapes, squares, budget, floor, step):
         ranks[index] = after
         totals.append(total())
     dense = [torch.Size(shape).numel() for shape in shapes]
-    found = [tuple(r) if parameters_of(s, tuple(r)) < d else None for s, r, d in zip(shapes, ranks, dense)]
+    found = [tuple(r) if parameters_of(s, tuple(r)) < d else None for s, r, d in zip(shapes, ranks, dense, strict=True)]
     return found, totals
 
 
@@ -206,8 +209,9 @@ def test_ranks_are_those_of_the_rule_spelt_out_and_meet_the_budget_by_less_than_
             ]
             assert sum(sizes) == totals[-1] <= budget
             assert len(totals) == 1 or totals[-2] > budget, "one move fewer is not enough"
-            cut = [(r, full) for ranks, s in zip(found, SHAPES) if ranks for r, full in zip(ranks, full_ranks(s))]
-            assert all(rank >= min(floor, full) for rank, full in cut)
+            for ranks, shape in zip(found, SHAPES, strict=True):
+                for rank, full in zip(ranks or (), full_ranks(shape) if ranks else (), strict=True):
+                    assert rank >= min(floor, full)
 
 
 def test_the_whole_budget_changes_nothing():
@@ -257,6 +261,34 @@ def test_the_choice_depends_neither_on_the_order_of_layers_nor_on_that_of_channe
                 torch.testing.assert_close(
                     low_rank(other, ranks), low_rank(weight, ranks)[rows][:, columns], rtol=0, atol=1e-10
                 )
+
+
+def test_no_other_ranks_of_matrices_keep_a_larger_product_of_energies():
+    """Brute force over all ranks that cost no more: the greedy choice is optimal where each weight has one mode."""
+    shapes = [(7, 6), (5, 9), (8, 8, 1, 1)]
+    for seed in range(4):
+        squares = [spectra(_random(*shape, seed=seed + index)) for index, shape in enumerate(shapes)]
+
+        def energy(ranks, squares=squares):
+            return sum(math.log(sum(values[:r])) for (values,), r in zip(squares, ranks, strict=True))
+
+        def cost(ranks):
+            return sum(parameters_of(shape, (r,)) for shape, r in zip(shapes, ranks, strict=True))
+
+        for budget in (45, 60, 75, 90):
+            found = [ranks[0] for ranks in allocate(shapes, squares, budget)]
+            every = itertools.product(*(range(1, full_ranks(shape)[0] + 1) for shape in shapes))
+            best = max(energy(ranks) for ranks in every if cost(ranks) <= cost(found))
+            assert energy(found) == pytest.approx(best, abs=1e-12)
+
+
+def test_no_layer_is_given_up_for_the_others():
+    """Errors of a layer end where nothing of it is left: their sum would leave the largest one a rank of 1."""
+    shapes = [(16, 16, 3, 3), (16, 16, 3, 3), (24, 16, 3, 3), (24, 24, 3, 3)]
+    generator = torch.Generator().manual_seed(0)
+    squares = [spectra(torch.randn(shape, generator=generator)) for shape in shapes]
+    found = allocate(shapes, squares, sum(torch.Size(shape).numel() for shape in shapes) // 4)
+    assert min(rank for ranks in found for rank in ranks) >= 4
 
 
 def test_layers_of_exactly_low_rank_are_cut_first_and_lose_nothing():
