@@ -35,7 +35,7 @@ class Cstar:
     After Phan, Yin, Sui, Yuan & Zonouz, AAAI 2023, arXiv 2212.01957: adversarial training under the constraint that the
     unfoldings of every kernel have low rank, within one budget for the network, by the alternating direction method of
     multipliers. A *reconstruction*: its text could not be read. That projection is onto Tucker-2 tensors and that
-    ranks are determined for the whole network is known of it; inferred are how (greedily by removed singular values,
+    ranks are determined for the whole network is known of it; inferred are how (greedily by the energies kept,
     ``tucker.allocate``), when ranks are frozen, and every default. No published number is promised.
 
     Steering trains the weights W of a copy by what the network was trained by, plus rho/2 sum |W - Z + U|^2; at each
@@ -53,7 +53,7 @@ class Cstar:
 
     keep: float = 0.5
     epochs: int = 10
-    rho: float = 0.3
+    rho: float = 0.5
     min_rank: int = 1
     step: int = 1
 

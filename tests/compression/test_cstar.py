@@ -461,6 +461,10 @@ def test_steps_of_projection_multipliers_and_penalty(plain):
     assert len({str(plan) for plan in seen[:5]}) > 1, "chosen anew"
     assert len({str(plan) for plan in seen[5:]}) == 1, "frozen"
     assert int(steered.get_buffer(EPOCH)) == 9
+    final = deployed_layers(method.released(steered))
+    for name, ranks in seen[-1].items():  # weights moved since: what is released is projected once more
+        expected = low_rank((layers[name].weight + layers[name].get_buffer(DUAL)).detach(), ranks)
+        torch.testing.assert_close(final[name].weight, expected, rtol=0, atol=0)
     sizes = {n: layer.weight.numel() for n, layer in layers.items()}
     held = sum(parameters_of(layers[n].weight.shape, seen[-1][n]) if n in seen[-1] else sizes[n] for n in sizes)
     assert held <= 0.4 * sum(sizes.values())

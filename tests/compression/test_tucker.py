@@ -121,7 +121,8 @@ def test_errors_lie_between_the_removed_singular_values_and_fall_from_sweep_to_s
     assert all(after <= before * (1 + 1e-12) for before, after in itertools.pairwise(errors))
     assert max(tails) <= errors[-1] * (1 + 1e-12)
     if ranks == (3, 2):
-        assert errors[-1] < 0.999 * errors[0], "the sweeps gain something"
+        assert errors[1] < 0.999 * errors[0] and errors[2] < (1 - 1e-6) * errors[1], "the sweeps gain something"
+        assert _error(weight, ranks) == pytest.approx(errors[-1], rel=1e-8), "and are carried out until they do not"
 
 
 def test_a_full_input_mode_is_the_matrix_svd_of_the_output_mode():
@@ -289,6 +290,12 @@ def test_no_layer_is_given_up_for_the_others():
     squares = [spectra(torch.randn(shape, generator=generator)) for shape in shapes]
     found = allocate(shapes, squares, sum(torch.Size(shape).numel() for shape in shapes) // 4)
     assert min(rank for ranks in found for rank in ranks) >= 4
+
+
+def test_a_rank_that_the_other_mode_makes_impossible_costs_nothing():
+    """With two input directions and four pixels, no more than eight output directions are left."""
+    squares = [([1.0] * 16, [1.0, 1e-9, 1e-9, 1e-9])]
+    assert allocate([(16, 4, 2, 2)], squares, 200) == [(8, 2)]
 
 
 def test_layers_of_exactly_low_rank_are_cut_first_and_lose_nothing():
