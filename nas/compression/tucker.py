@@ -113,8 +113,8 @@ def allocate(
 
     Greedy, from full ranks on: of all weights and modes the one is lowered that loses least of the logarithm of its
     energy (the sum of the squared singular values it has left) per number saved, until the sum fits. What is maximised
-    is thus the product of the energies that all modes keep (Zhang, Zou, He & Sun, TPAMI 2016, arXiv 1505.06798, section
-    2.4, for one mode a layer): a sum would rather destroy one layer, whose loss is bounded, than weaken several. A
+    is thus the product of the energies that all modes keep (after Zhang, Zou, He & Sun, TPAMI 2016, arXiv 1505.06798,
+    who have one mode a layer): a sum would rather destroy one layer, whose loss is bounded, than weaken several. A
     weight counts with its own numbers as long as its factors are no fewer. The price of a move only rises as ranks
     fall, so that a heap finds each next one; the budget is met with less than one move to spare. Raises ``InputError``
     for a budget that the floor does not allow.
