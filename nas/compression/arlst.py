@@ -159,16 +159,19 @@ class Arlst:
                 reasons[name] = "first convolution"
         return reasons
 
-    def _choices(self, layer: Layer, shape: Modes | None) -> list[tuple[int, Separation]]:
-        """Weights and structure of what may stand for ``layer``, fewest weights first, each better than all before."""
+    def _choices(self, layer: Layer, shape: Modes | None) -> dict[int, Separation]:
+        """What may stand for ``layer``, by its number of weights, fewest first, each better than all before."""
         m, n = layer.weight.shape[:2]
         candidates = separations(m, n, shape=shape, modes=self.modes, terms=self.terms)
         if self.start == "scratch":
-            return [*{separation.weights: separation for separation in reversed(candidates)}.items()][::-1]
+            largest: dict[int, Separation] = {}
+            for separation in candidates:
+                largest.setdefault(separation.weights, separation)
+            return largest
         weight = layer.weight.detach().view(m, n)
         total = float(weight.double().square().sum())
         errors: dict[tuple[Modes, Modes], list[float]] = {}
-        best, choices = math.inf, []
+        best, choices = math.inf, {}
         for separation in candidates:
             modes = separation.in_modes, separation.out_modes
             if modes not in errors:
@@ -178,18 +181,18 @@ class Arlst:
             error = errors[modes][min(separation.terms, len(errors[modes])) - 1]
             if error < best - 1e-9 * total:
                 best = error
-                choices.append((separation.weights, separation))
+                choices[separation.weights] = separation
         return choices
 
     def _within_budget(
-        self, sizes: Mapping[str, int], choices: Mapping[str, Sequence[tuple[int, Separation]]]
+        self, sizes: Mapping[str, int], choices: Mapping[str, Mapping[int, Separation]]
     ) -> dict[str, Separation | None]:
         """The structure of each layer at the largest common share for which all together stay within ``keep``.
 
         A layer takes the best choice within that share of its weights, or its smallest one; None: it stays whole.
         """
         levels: dict[str, list[tuple[float, int, Separation | None]]] = {
-            name: [*((weights / size, weights, choice) for weights, choice in choices[name]), (1.0, size, None)]
+            name: [*((weights / size, weights, choice) for weights, choice in choices[name].items()), (1.0, size, None)]
             for name, size in sizes.items()
         }
         budget = self.keep * sum(sizes.values())

@@ -89,7 +89,9 @@ def test_gradients_are_right(term):
 
 
 @pytest.mark.parametrize("term", CONDITION_TERMS.values(), ids=CONDITION_TERMS)
-@pytest.mark.parametrize("matrix", [torch.zeros(3, 4), torch.ones(3, 4), torch.eye(3, 4), torch.diag(torch.ones(3)) * 0])
+@pytest.mark.parametrize(
+    "matrix", [torch.zeros(3, 4), torch.ones(3, 4), torch.eye(3, 4), torch.diag(torch.ones(3)) * 0]
+)
 def test_singular_and_perfect_matrices_have_finite_values_and_gradients(term, matrix):
     matrix = matrix.clone().requires_grad_(True)
     value = term(matrix)

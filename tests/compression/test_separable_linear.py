@@ -67,7 +67,9 @@ def test_the_layer_is_the_dense_product(separation, dtype, tolerance):
         expected = x @ weight.T + layer.bias.detach()
         found = layer(x.to(dtype)).double()
         assert found.shape == expected.shape
-        assert float((found - expected).detach().abs().max() if len(found) else 0) <= tolerance * max(1, float(weight.norm()))
+        assert float((found - expected).detach().abs().max() if len(found) else 0) <= tolerance * max(
+            1, float(weight.norm())
+        )
     torch.testing.assert_close(layer.weight.double(), weight, rtol=tolerance, atol=tolerance)
 
 
@@ -276,9 +278,7 @@ def test_a_matrix_of_zeros_has_factors():
 
 def test_factorisations_are_complete():
     for number, length in ((12, 2), (30, 3), (7, 2), (1, 3), (16, 4)):
-        expected = {
-            own for own in itertools.product(range(1, number + 1), repeat=length) if math.prod(own) == number
-        }
+        expected = {own for own in itertools.product(range(1, number + 1), repeat=length) if math.prod(own) == number}
         found = ordered_factorisations(number, length)
         assert set(found) == expected and len(found) == len(expected)
 
