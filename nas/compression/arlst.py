@@ -50,7 +50,9 @@ class Arlst:
     keep: share of the weights of the competing layers that stays at most; biases stay. All layers get the same share
     as nearly as their sizes have it. terms: most terms of a layer; 1 is the paper's form and the fastest. modes: most
     factors of a term, where the input is no feature map whose axes the factors follow. start: "dense", the factors
-    nearest to the layer, of the modes for which they are nearest; "scratch", random factors of the largest modes.
+    nearest to the layer, of the modes for which they are nearest, scaled to its norm; "nearest", the same as they are,
+    for use without fine-tuning; "scratch", random factors of the largest modes. The scale is not in the paper: trained
+    layers have flat spectra, the nearest product is a few per cent of them, and training does not bring it back.
     classifier: whether the last linear layer competes, too. convolutions: whether 1x1 convolutions do, over their
     channels (an extension, not in the paper).
     """
@@ -60,7 +62,7 @@ class Arlst:
     keep: float = 0.1
     terms: int = 1
     modes: int = 2
-    start: Literal["dense", "scratch"] = "dense"
+    start: Literal["dense", "nearest", "scratch"] = "dense"
     sparsity: float = 1e-4
     sparsity_term: Literal["log", "l1"] = "log"
     conditioning: float = 1e-2
@@ -127,7 +129,7 @@ class Arlst:
 
     @staticmethod
     def apply(plan: Plan, model: nn.Module, *, fit: bool = True) -> nn.Module:
-        """A copy of ``model`` with separable layers, by the nearest factors where ``fit`` and the plan says so."""
+        """A copy of ``model`` with separable layers, of factors from its weights where ``fit`` and plan say so."""
         compressed = copy.deepcopy(model)
         layers = deployed_layers(compressed)
         for index, layer_plan in enumerate(plan.layers):
@@ -417,7 +419,7 @@ def _seconds(layer: nn.Module, x: Tensor, repeats: int) -> float:
         return min(timer.timeit(repeats).mean for _ in range(5))
 
 
-_STARTS = ("dense", "scratch")
+_STARTS = ("dense", "nearest", "scratch")
 
 
 def _obstacle(layer: Layer) -> str:
@@ -454,9 +456,13 @@ def _separable(plan: LayerPlan, layer: Layer, index: int, fit: bool) -> nn.Modul
         device=layer.weight.device,
         generator=torch.Generator().manual_seed((seed + index) % 2**63),
     )
-    if fit and start == "dense":
-        terms, _ = nearest_kronecker(layer.weight.view(m, n), separation)
-        linear.set_factors(terms)
+    if fit and start != "scratch":
+        weight = layer.weight.detach().view(m, n)
+        terms, norms = nearest_kronecker(weight, separation)
+        captured = float(norms.norm())
+        scale = float(weight.norm()) / captured if start == "dense" and captured > 0 else 1.0
+        share = scale ** (1 / len(separation.in_modes))
+        linear.set_factors([[factor * share for factor in factors] for factors in terms])
         if linear.bias is not None and layer.bias is not None:
             with torch.no_grad():
                 linear.bias.copy_(layer.bias)

@@ -159,7 +159,7 @@ def test_keeping_everything_changes_nothing():
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize(("terms", "start"), [(1, "dense"), (4, "dense"), (1, "scratch"), (4, "scratch")])
+@pytest.mark.parametrize(("terms", "start"), [(1, "dense"), (4, "nearest"), (1, "scratch"), (4, "scratch")])
 def test_the_budget_holds_and_more_of_it_never_makes_a_layer_worse(name, terms, start):
     model = NETWORKS[name][0]()
     layers = _competing(model)
@@ -172,13 +172,13 @@ def test_the_budget_holds_and_more_of_it_never_makes_a_layer_worse(name, terms, 
         assert stored <= keep * total
         counts.append(stored)
         for layer, module in layers.items():
-            if start == "dense":
+            if start != "scratch":
                 error = _error(module, compressed.get_submodule(layer))
                 assert error <= errors[layer] * (1 + 1e-5) + 1e-6
                 errors[layer] = error
     assert counts == sorted(counts) and counts[-1] == total
     assert len(set(counts)) > (1 if name == "vgg" and terms == 1 else 2), "few structures follow its 7x7 map"
-    if start == "dense":
+    if start != "scratch":
         assert max(errors.values()) == 0
 
 
@@ -203,6 +203,24 @@ def test_the_modes_are_those_that_come_nearest():
         assert errors[_separation(layer)] <= min(errors.values()) + 1e-4
         if seed == 2:
             assert _separation(layer) == Separation((4, 6), (6, 6)), "found again, though larger ones are allowed"
+
+
+def test_the_dense_layer_gives_direction_and_norm():
+    """The nearest product by default keeps the norm of the layer; as it is, it has the smallest error."""
+    model = _mlp()
+    nearest, scaled = (Arlst(keep=0.2, start=start).plan(model).apply(model) for start in ("nearest", "dense"))
+    for name in ("features.0", "features.2"):
+        weight = model.get_submodule(name).weight.detach()
+        one, other = (network.get_submodule(name).weight.detach() for network in (nearest, scaled))
+        assert float(other.norm()) == pytest.approx(float(weight.norm()), rel=1e-4)
+        torch.testing.assert_close(other / other.norm(), one / one.norm(), rtol=1e-4, atol=1e-6)
+        error, captured = float((weight - one).square().sum()), float(one.square().sum())
+        assert error == pytest.approx(float(weight.square().sum()) - captured, rel=1e-4), "orthogonal to what is left"
+        assert error < float((weight - 1.1 * one).square().sum()) < float((weight - other).square().sum())
+    zero = copy.deepcopy(model)
+    with torch.no_grad():
+        zero.features[0].weight.zero_()
+    assert bool(Arlst(keep=0.2).plan(zero).apply(zero)(_x()).isfinite().all())
 
 
 def test_from_scratch_the_largest_structure_is_taken_and_the_weights_do_not_matter():
