@@ -337,7 +337,11 @@ def test_every_method_makes_plans_that_leave_the_model_alone(name, make):
     """Whatever is in nas/compression, as it comes by default."""
     _, model = make("cells")
     before, streams = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    plan = plugins.load("compression", name)().plan(model)
+    try:
+        plan = plugins.load("compression", name)().plan(model)
+    except InputError as error:
+        assert "no layer" in str(error) and "\n" not in str(error), "nothing here for it, and it says so"
+        plan = Plan(name, ())
     assert plan.method == name
     assert {layer.name for layer in plan.layers} <= set(dict(model.named_modules()))
     assert all(layer.reason for layer in plan.layers)
