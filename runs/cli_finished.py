@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,7 +50,13 @@ def compress(
         shown = [*(set_ or []), *([] if keep is None else [f"keep={keep}"])]
         folder = out or context.run.path / f"compress-{label_of(method, shown, epochs, model)}"
         _begin(folder, {"model": model, "settings": table_settings})
-        result = compress_into(context, context.recipe.compress, source, folder)
+        try:
+            result = compress_into(context, context.recipe.compress, source, folder)
+        except InputError:
+            # A plan that was refused leaves nothing; what an earlier step took long for stays.
+            if {path.name for path in folder.rglob("*") if path.is_file()} == {"compression.json"}:
+                shutil.rmtree(folder)
+            raise
         _, compressed = load_model(folder, context.device)
         _, dense = load_model(source, context.device)
         trials = context.recipe.evaluate.trials

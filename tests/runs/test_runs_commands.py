@@ -255,6 +255,10 @@ def test_compress_into_another_folder(run_copy: Path, quick: None, tmp_path: Pat
 def test_compress_by_several_methods_in_order(run_copy: Path, quick: None) -> None:
     command = ["compress", run_copy, "--model", "plain", "--method", "magnitude,magnitude"]
     assert "each method once" in nas(*command).refusal
+    assert (
+        "no layer that ARLST may replace" in nas("compress", run_copy, "--model", "plain", "--method", "arlst").refusal
+    )
+    assert not [*run_copy.glob("compress-*")]
     outcome = nas("compress", run_copy, "--model", "plain", "--keep", "0.5", "--epochs", 0)
     assert outcome.status == 0, outcome.err
     assert "no speed-up (0.50 times as fast as before)" in outcome.out
