@@ -22,7 +22,7 @@ from nas.data.digits import PLUGIN as Digits
 from nas.data.image_data import ImageData
 from nas.data.split import split
 from nas.errors import InputError
-from nas.export.qdq import with_integer_weights
+from nas.export.onnx_file import INPUT, onnx_bytes
 from nas.model_file import ModelSpec, load_model, save_model, with_plan
 from nas.objective import Setting
 from nas.threat_model import ThreatModel
@@ -366,9 +366,8 @@ def _engine(model, x):
     import onnx
     import onnxruntime
 
-    program = torch.onnx.export(model, (x[:60],), dynamo=True, verbose=False)
-    raw = program.model_proto
-    graph = with_integer_weights(raw)
+    raw = torch.onnx.export(model, (x[:60],), dynamo=True, input_names=[INPUT], verbose=False).model_proto
+    graph = onnx.load_from_string(onnx_bytes(model, (1, 8, 8)))
     onnx.checker.check_model(graph)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -377,7 +376,7 @@ def _engine(model, x):
         for g in (raw, graph)
     ]
     logits = [
-        torch.cat([torch.from_numpy(s.run(None, {"x": part.numpy()})[0]) for part in x.split(60)]) for s in sessions
+        torch.cat([torch.from_numpy(s.run(None, {INPUT: part.numpy()})[0]) for part in x.split(60)]) for s in sessions
     ]
     return *logits, raw, graph
 
