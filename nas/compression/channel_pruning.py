@@ -6,7 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -253,9 +253,10 @@ def _unparametrised(model: nn.Module) -> nn.Module:
     for name, module in [*network.named_modules()]:
         if isinstance(module, nn.Conv2d | nn.Linear) and parametrize.is_parametrized(module):
             # Not by torch.nn.utils.parametrize, which would take the weight from the class, shared with the model.
-            kind = type(module).__bases__[0]
+            kind: Any = type(module).__bases__[0]
             plain = kind.__new__(kind)
-            weights = {given: nn.Parameter(getattr(module, given).detach()) for given in module.parametrizations}
+            parametrised: Any = module.parametrizations
+            weights = {given: nn.Parameter(getattr(module, given).detach()) for given in parametrised}
             parameters = {**module._parameters, **weights}
             vars(plain).update({**vars(module), "_parameters": parameters, "_modules": {}})
             exchanged(network, name, plain)

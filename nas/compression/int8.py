@@ -177,10 +177,13 @@ class FakeQuantise(nn.Module):
         super().__init__()
         scale, zero_point = levels(ends)
         self.register_buffer("scale", torch.tensor(scale))
-        self.register_buffer("zero_point", torch.tensor(zero_point, dtype=torch.int32))
+        self.register_buffer("zero_point", torch.tensor(zero_point, dtype=torch.uint8))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.fake_quantize_per_tensor_affine(x, self.scale.float(), self.zero_point, 0, LEVELS)
+        scale = self.scale.float()
+        if torch.onnx.is_in_onnx_export():
+            return _as_onnx(x, scale, self.zero_point)
+        return torch.fake_quantize_per_tensor_affine(x, scale, self.zero_point.int(), 0, LEVELS)
 
 
 class _Weights(nn.Module):
@@ -198,11 +201,15 @@ class _Weights(nn.Module):
         # A channel of zeros has no step of its own; so does one whose weights are too small for a step.
         scale = torch.where(largest > 1e-30, largest / LARGEST, torch.ones_like(largest))
         self.register_buffer("scale", scale)
-        self.register_buffer("zero_point", torch.zeros(len(weight), dtype=torch.int32, device=weight.device))
+        self.register_buffer("zero_point", torch.zeros(len(weight), dtype=torch.int8, device=weight.device))
 
     def forward(self, x_scale: Tensor) -> tuple[Tensor, Tensor | None]:
         scale = self.scale.float()
-        weight = torch.fake_quantize_per_channel_affine(self.weight, scale, self.zero_point, 0, -LARGEST - 1, LARGEST)
+        if torch.onnx.is_in_onnx_export():
+            weight = _as_onnx(self.weight, scale, self.zero_point, axis=0)
+        else:
+            zero_point = self.zero_point.int()
+            weight = torch.fake_quantize_per_channel_affine(self.weight, scale, zero_point, 0, -LARGEST - 1, LARGEST)
         if self.bias is None:
             return weight, None
         # The accumulator of an engine counts in steps of input times weight.
@@ -252,6 +259,18 @@ class QuantisedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weights.weight.shape)}"
+
+
+def _as_onnx(x: Tensor, scale: Tensor, zero_point: Tensor, **attributes: Any) -> Tensor:
+    """The same in operators of ONNX: whether torch exports its own depends on whether anything requires gradients."""
+    integers = torch.onnx.ops.symbolic(
+        "QuantizeLinear", (x, scale, zero_point), attributes, dtype=zero_point.dtype, shape=x.shape
+    )
+    y = torch.onnx.ops.symbolic(
+        "DequantizeLinear", (integers, scale, zero_point), attributes, dtype=scale.dtype, shape=x.shape
+    )
+    assert isinstance(y, Tensor)
+    return y
 
 
 def levels(ends: Range) -> tuple[float, int]:
