@@ -427,3 +427,23 @@ def test_onnx_runtime_in_int8_agrees_with_the_twin(tmp_path):
 def test_onnx_runtime_in_int8_agrees_with_the_twin_of_cells(tmp_path):
     pytest.importorskip("onnxruntime")
     _check_engine(SPACE.random(torch.Generator().manual_seed(1)), 8, tmp_path)
+
+
+@pytest.mark.slow
+def test_exported_files_of_an_int8_network_pass_their_check(make, setting, tmp_path):
+    pytest.importorskip("onnxruntime")
+    from nas.export.package import export_model
+    from nas.export.parity import ExportMismatch, check_exports
+
+    spec, model = make("plain")
+    plan = Int8Quantisation(attack=CLEAN).plan(model, setting)
+    compressed, spec = plan.apply(model), with_plan(spec, plan)
+    export_model(spec, compressed, tmp_path, ["onnx", "safetensors"])
+    files = check_exports(tmp_path, spec, compressed, _x(20))
+    differences = {file.file: file.difference for file in files}
+    assert differences["model.safetensors"] == 0
+    assert differences["network.onnx"] < 0.05
+    with torch.no_grad():
+        compressed.classifier.weights.weight.mul_(1.2)
+    with pytest.raises(ExportMismatch):
+        check_exports(tmp_path, spec, compressed, _x(20))
