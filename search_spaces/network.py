@@ -39,7 +39,6 @@ class DiscreteCell(nn.Module):
             for edge in node
         )
 
-        self.channels = channels
         # Values: both inputs, both brought to ``channels``, the nodes.
         nodes = range(4, 4 + len(cell.nodes))
         edges = [(edge.source + 2, node) for node, incoming in zip(nodes, cell.nodes, strict=True) for edge in incoming]
@@ -64,9 +63,12 @@ class DiscreteCell(nn.Module):
 
     def _parts(self) -> list[Part] | None:
         parts: list[Part] = []
-        for module in (self.preprocess0, self.preprocess1, *self.operations):
-            part = part_of(module, self.channels)
-            if part is None:
+        # Of each value: compression may have taken channels away.
+        channels: dict[int, int] = {}
+        modules = (self.preprocess0, self.preprocess1, *self.operations)
+        for module, read, (written,) in zip(modules, self.wiring.reads, self.wiring.writes, strict=True):
+            part = part_of(module, channels.get(read, 0))
+            if part is None or channels.setdefault(written, part.source.out_channels) != part.source.out_channels:
                 return None
             parts.append(part)
         return parts

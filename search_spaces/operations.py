@@ -59,17 +59,24 @@ class SeparableConv(nn.Sequential):
                 nn.BatchNorm2d(channels),
             ]
         super().__init__(*stages)
-        self.source = single(DEPTHWISE, channels, channels, stride, kernel=kernel, dilation=dilation, repeats=repeats)
 
     def part(self) -> Part | None:
-        """This operation for the native kernels; None where a layer was exchanged for one they do not know."""
+        """This operation for the native kernels; None where its layers are not such as they know."""
         modules: list[Any] = list(self)
         kinds = (nn.ReLU, DepthwiseConv2d, PointwiseConv2d, nn.BatchNorm2d)
         if not all(isinstance(module, kinds[i % 4]) for i, module in enumerate(modules)):
             return None
         stages = range(0, len(modules), 4)
+        # Compression may have taken channels away: the kernels want as many after each repeat.
+        depthwise, channels = modules[1], modules[2].out_channels
+        if any(modules[i + 2].out_channels != channels for i in stages):
+            return None
+        source = single(
+            DEPTHWISE, depthwise.in_channels, channels, depthwise.stride[0], kernel=depthwise.kernel_size[0],
+            dilation=depthwise.dilation[0], repeats=len(stages),
+        )  # fmt: skip
         weights = [((modules[i + 1], "weight"), (modules[i + 2], "weight")) for i in stages]
-        return staged(self.source, [(pair, modules[i + 3]) for pair, i in zip(weights, stages, strict=True)])
+        return staged(source, [(pair, modules[i + 3]) for pair, i in zip(weights, stages, strict=True)])
 
     def forward(self, x: Tensor) -> Tensor:
         y = evaluate(self.part, x, self)
@@ -83,12 +90,14 @@ class MaxPool(nn.Module):
         super().__init__()
         self.channels, self.stride = channels, stride
 
-    def part(self) -> Part:
-        """This operation for the native kernels."""
-        return Part(pool("max_pool", self.channels, self.stride))
+    def part(self, channels: int) -> Part:
+        """This operation on ``channels`` filters for the native kernels."""
+        return Part(pool("max_pool", channels, self.stride))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = evaluate(self.part, x, self)
+        # Compression may have taken channels away.
+        fits = x.shape[1] == self.channels
+        y = evaluate(lambda: self.part(self.channels), x, self) if fits else None
         return max_pool(x, self.stride) if y is None else y
 
 
@@ -99,12 +108,14 @@ class AvgPool(nn.Module):
         super().__init__()
         self.channels, self.stride = channels, stride
 
-    def part(self) -> Part:
-        """This operation for the native kernels."""
-        return Part(pool("avg_pool", self.channels, self.stride))
+    def part(self, channels: int) -> Part:
+        """This operation on ``channels`` filters for the native kernels."""
+        return Part(pool("avg_pool", channels, self.stride))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = evaluate(self.part, x, self)
+        # Compression may have taken channels away.
+        fits = x.shape[1] == self.channels
+        y = evaluate(lambda: self.part(self.channels), x, self) if fits else None
         return avg_pool(x, self.stride) if y is None else y
 
 
@@ -119,14 +130,17 @@ class FactorisedReduce(nn.Module):
         # A single output channel leaves nothing for the odd pixels.
         self.odd = PointwiseConv2d(in_channels, out_channels - first) if out_channels > first else None
         self.bn = nn.BatchNorm2d(out_channels, affine=affine)
-        self.source = single(HALVES, in_channels, out_channels, 2, affine=affine)
 
     def part(self) -> Part | None:
         """This operation for the native kernels; None where a layer was exchanged for one they do not know."""
         plain = isinstance(self.activation, nn.ReLU) and isinstance(self.bn, nn.BatchNorm2d)
         if not (plain and isinstance(self.even, PointwiseConv2d) and isinstance(self.odd, PointwiseConv2d)):
             return None
-        return staged(self.source, [(((self.even, "weight"), (self.odd, "weight")), self.bn)])
+        channels = self.even.out_channels + self.odd.out_channels
+        if self.even.out_channels != (channels + 1) // 2:
+            return None
+        source = single(HALVES, self.even.in_channels, channels, 2, affine=self.bn.affine)
+        return staged(source, [(((self.even, "weight"), (self.odd, "weight")), self.bn)])
 
     def forward(self, x: Tensor) -> Tensor:
         y = evaluate(self.part, x, self)
@@ -145,7 +159,6 @@ class ReluConvBn(nn.Sequential):
     def __init__(self, in_channels: int, out_channels: int, affine: bool = True) -> None:
         norm = nn.BatchNorm2d(out_channels, affine=affine)
         super().__init__(nn.ReLU(), PointwiseConv2d(in_channels, out_channels), norm)
-        self.source = single(POINTWISE, in_channels, out_channels, 1, affine=affine)
 
     def part(self) -> Part | None:
         """This operation for the native kernels; None where a layer was exchanged for one they do not know."""
@@ -153,7 +166,8 @@ class ReluConvBn(nn.Sequential):
         kinds = (nn.ReLU, PointwiseConv2d, nn.BatchNorm2d)
         if not all(isinstance(module, kind) for module, kind in zip(modules, kinds, strict=True)):
             return None
-        return staged(self.source, [(((modules[1], "weight"),), modules[2])])
+        source = single(POINTWISE, modules[1].in_channels, modules[1].out_channels, 1, affine=modules[2].affine)
+        return staged(source, [(((modules[1], "weight"),), modules[2])])
 
     def forward(self, x: Tensor) -> Tensor:
         y = evaluate(self.part, x, self)
@@ -161,10 +175,12 @@ class ReluConvBn(nn.Sequential):
 
 
 def part_of(module: nn.Module, channels: int) -> Part | None:
-    """What a module on ``channels`` filters is for the native kernels, None where they do not know it."""
+    """What a module that takes ``channels`` filters is for the native kernels, None where they do not know it."""
     if isinstance(module, nn.Identity):
         return Part(skip(channels))
-    if isinstance(module, SeparableConv | MaxPool | AvgPool | FactorisedReduce | ReluConvBn):
+    if isinstance(module, MaxPool | AvgPool):
+        return module.part(channels)
+    if isinstance(module, SeparableConv | FactorisedReduce | ReluConvBn):
         return module.part()
     return None
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from nas.errors import InputError
+from nas.export.qdq import with_integer_weights
 from nas.model_file import ModelSpec
 from nas.tensor_file import write_bytes
 
@@ -58,7 +59,7 @@ def onnx_bytes(model: nn.Module, input_shape: tuple[int, int, int], classes: tup
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
     assert program is not None
-    proto = program.model_proto
+    proto = with_integer_weights(program.model_proto)
     entry = proto.metadata_props.add()
     entry.key, entry.value = CLASSES, json.dumps(list(classes))
     content: bytes = proto.SerializeToString()

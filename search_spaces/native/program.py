@@ -125,7 +125,9 @@ class Program:
         self.workspace = self.g_workspace = self.mixing = 0
         shapes = dict(enumerate(inputs))
         for step in steps:
-            _, height, width = shapes[step.x]
+            channels, height, width = shapes[step.x]
+            if channels != step.source.in_channels:
+                raise ValueError(f"a source of {step.source.in_channels} channels cannot read {channels}")
             stride = step.source.stride
             for target in step.targets:
                 shapes[target] = (step.source.out_channels, -(-height // stride), -(-width // stride))

@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from nas.data.image_data import ImageData
+from nas.data.split import split
 from nas.model_file import ModelSpec
+from nas.objective import Setting
 from search_spaces.dsara import SPACE
 from search_spaces.genotype import StageGenotype
 
@@ -44,3 +47,14 @@ def make():
         return spec, _build(spec, weights_seed)
 
     return make
+
+
+@pytest.fixture
+def setting():
+    """What methods that need data get for the networks of ``make``: random images of three classes."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randint(256, (48, 1, 8, 8), generator=generator).to(torch.uint8)
+    y = torch.arange(48) % 3
+    data = ImageData("noise", x, y, x[:6], y[:6], ("a", "b", "c"))
+    parts = split(y, architecture=0.0, validation=0.25, seed=0)
+    return Setting(nn.Identity(), data, parts, seed=0, epochs=1, batch_size=16)

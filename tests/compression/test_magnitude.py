@@ -333,12 +333,12 @@ def test_wrong_settings_are_refused():
 
 
 @pytest.mark.parametrize("name", plugins.available("compression"))
-def test_every_method_makes_plans_that_leave_the_model_alone(name, make):
+def test_every_method_makes_plans_that_leave_the_model_alone(name, make, setting):
     """Whatever is in nas/compression, as it comes by default."""
     _, model = make("cells")
     before, streams = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     try:
-        plan = plugins.load("compression", name)().plan(model)
+        plan = plugins.load("compression", name)().plan(model, setting)
     except InputError as error:
         assert "no layer" in str(error) and "\n" not in str(error), "nothing here for it, and it says so"
         plan = Plan(name, ())
