@@ -239,6 +239,10 @@ class QuantisedConv2d(nn.Module):
         y = F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
         return y if self.output is None else self.output(y)
 
+    def stored_bytes(self) -> int:
+        """Of the integers an engine takes, and their steps (``nas.compression.size``)."""
+        return _stored(self)
+
     def extra_repr(self) -> str:
         return f"{tuple(self.weights.weight.shape)}, stride={self.stride}, padding={self.padding}, groups={self.groups}"
 
@@ -257,8 +261,19 @@ class QuantisedLinear(nn.Module):
         y = F.linear(self.input(x), *self.weights(self.input.scale))
         return y if self.output is None else self.output(y)
 
+    def stored_bytes(self) -> int:
+        """Of the integers an engine takes, and their steps (``nas.compression.size``)."""
+        return _stored(self)
+
     def extra_repr(self) -> str:
         return f"{tuple(self.weights.weight.shape)}"
+
+
+def _stored(layer: QuantisedConv2d | QuantisedLinear) -> int:
+    """int8 weights, int32 biases, a float32 step for each output, and step and zero point of each activation."""
+    weight, bias = layer.weights.weight, layer.weights.bias
+    activations = 1 if layer.output is None else 2
+    return weight.numel() + 4 * len(weight) + (0 if bias is None else 4 * bias.numel()) + 5 * activations
 
 
 def _as_onnx(x: Tensor, scale: Tensor, zero_point: Tensor, **attributes: Any) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from nas.compression.int8 import Int8Quantisation
 from nas.compression.magnitude import MagnitudePruning
 from nas.compression.size import Size, stored_size
 
@@ -51,3 +52,14 @@ def test_the_auxiliary_head_is_not_deployed(make) -> None:
     without = stored_size(model)
     del model.auxiliary
     assert stored_size(model) == without
+
+
+def test_int8_takes_a_byte_a_weight(make, setting) -> None:
+    _, model = make("plain")
+    dense, plan = stored_size(model), Int8Quantisation(images=8).plan(model, setting)
+    size = stored_size(plan.apply(model))
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    weights, outputs = sum(layer.weight.numel() for layer in layers), sum(len(layer.weight) for layer in layers)
+    # The norms are folded: a bias and a step for each output, and some bytes a layer for its activations.
+    assert 0 <= size.dense - weights - 8 * outputs <= 10 * len(layers)
+    assert size.dense == size.sparse < dense.dense
