@@ -8,14 +8,13 @@ convolution and linear layer runs as the module it is and a forward hook sees it
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
 
 from nas.model_file import ModelSpec
 from nas.prediction import networks_in, passes_of
@@ -141,35 +140,30 @@ def _nonzero(model: nn.Module) -> int:
 
 
 def _macs_by_layer(model: nn.Module, input_shape: tuple[int, int, int]) -> dict[str, int]:
-    """Multiply-accumulates of one image of ``input_shape`` (C, H, W), by name of convolution or linear layer.
+    """Multiply-accumulates of one image of ``input_shape`` (C, H, W), by name of the module that carries them out.
 
-    ``model`` is on the ``meta`` device and in eval mode. A layer that runs more than once counts each time.
+    Those of convolutions and products of matrices, attention included. ``model`` is on the ``meta`` device and in eval
+    mode. A module that runs more than once counts each time.
     """
-    macs: Counter[str] = Counter()
-    with _hooks(model, macs), torch.no_grad():
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
         model(torch.empty(1, *input_shape, device="meta"))
-    return dict(macs)
-
-
-@contextmanager
-def _hooks(model: nn.Module, macs: Counter[str]) -> Iterator[None]:
-    """Count into ``macs`` while the context lasts."""
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-
-            def count(layer: nn.Module, _: Any, output: Tensor, name: str = name) -> None:
-                # Each output value is a sum over the inputs its row of the weight joins: all but axis 0.
-                weight = layer.weight
-                assert isinstance(weight, Tensor)
-                macs[name] += output.numel() * weight.shape[1:].numel()
-
-            handles.append(module.register_forward_hook(count))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    # A module's count holds those of the modules within it.
+    root = type(model).__name__
+    totals = {
+        name.removeprefix(root).removeprefix("."): sum(found.values())
+        for name, found in counter.flop_counts.items()
+        if name != "Global"
+    }
+    own = dict(totals)
+    for name, count in totals.items():
+        outer = name
+        while outer:
+            outer = outer.rpartition(".")[0]
+            if outer in own:
+                own[outer] -= count
+                break
+    return {name: count // 2 for name, count in own.items() if count}
 
 
 def _without_weights(spec: ModelSpec) -> nn.Module:

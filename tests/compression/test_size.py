@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from nas.analysis.complexity import complexity
 from nas.compression.int8 import Int8Quantisation
 from nas.compression.magnitude import MagnitudePruning
 from nas.compression.size import Size, stored_size
+from nas.model_file import with_plan
 
 
 def test_every_number_is_counted_once() -> None:
@@ -63,3 +65,9 @@ def test_int8_takes_a_byte_a_weight(make, setting) -> None:
     # The norms are folded: a bias and a step for each output, and some bytes a layer for its activations.
     assert 0 <= size.dense - weights - 8 * outputs <= 10 * len(layers)
     assert size.dense == size.sparse < dense.dense
+
+
+def test_operations_of_layers_that_are_no_torch_layers_are_counted(make, setting) -> None:
+    spec, model = make("plain")
+    plan = Int8Quantisation(images=8).plan(model, setting)
+    assert complexity(with_plan(spec, plan)).macs == complexity(spec).macs

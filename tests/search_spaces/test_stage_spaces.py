@@ -80,3 +80,11 @@ def test_what_does_not_fit_is_told() -> None:
     for name in SMALL:
         with pytest.raises(GenotypeError, match="depths"):
             spaces()[name].check(cells)
+
+
+def test_the_products_of_attention_are_counted() -> None:
+    width, tokens = 16, 8 * 8 + 1
+    spec = spec_of(StageGenotype("vit", (2,), (width,)))
+    # Queries, keys, values and their mixture; scores and sums; two hidden layers twice as wide. Patches, classifier.
+    layer = tokens * (4 * width**2 + 2 * tokens * width + 2 * width * 2 * width)
+    assert complexity(spec).macs == 2 * layer + 64 * width + width * 3
