@@ -183,6 +183,8 @@ class FakeQuantise(nn.Module):
         scale = self.scale.float()
         if torch.onnx.is_in_onnx_export():
             return _as_onnx(x, scale, self.zero_point)
+        if x.is_meta:  # which torch's kernel does not know: only shapes are asked for
+            return x.clone()
         return torch.fake_quantize_per_tensor_affine(x, scale, self.zero_point.int(), 0, LEVELS)
 
 
@@ -207,6 +209,8 @@ class _Weights(nn.Module):
         scale = self.scale.float()
         if torch.onnx.is_in_onnx_export():
             weight = _as_onnx(self.weight, scale, self.zero_point, axis=0)
+        elif self.weight.is_meta:
+            weight = self.weight
         else:
             zero_point = self.zero_point.int()
             weight = torch.fake_quantize_per_channel_affine(self.weight, scale, zero_point, 0, -LARGEST - 1, LARGEST)
