@@ -42,7 +42,7 @@ def models_table(models: list[dict[str, Any]]) -> None:
             f"{model['worst_case']:.1%}",
             f"{low:.1%} {high:.1%}",
         )
-    out_console.print(table)
+    _print_whole(table)
 
 
 def throughput_table(result: Mapping[str, Any]) -> None:
@@ -56,7 +56,7 @@ def throughput_table(result: Mapping[str, Any]) -> None:
                 table.add_row(
                     name, engine, batch, *latency, f"{row['images_per_second']:,.0f}", f"{row['speed']:.2f} x"
                 )
-    out_console.print(table)
+    _print_whole(table)
     for line in speed_lines(result):
         out_console.print(line, highlight=False, markup=False)
 
@@ -69,7 +69,11 @@ def comparison_table(results: Mapping[str, Any]) -> None:
         table.add_column(column.title, no_wrap=True, justify="right" if column.number else "left")
     for contender in results["contenders"]:
         table.add_row(*(escape(column.text(results, contender)) for column in columns))
-    # Cells that are cut off would say less than lines that are too long.
+    _print_whole(table)
+
+
+def _print_whole(table: Table) -> None:
+    """Print ``table`` as wide as it is: cells that are cut off would say less than lines that are too long."""
     table.width = out_console.measure(table, options=out_console.options.update(max_width=1000)).maximum
     out_console.print(table)
 
