@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import nnls
 
 from benchmarks.search_step import CONFIGURATIONS, Configuration, Ours, batches_of, supernet_of
 from nas.search.recomputation import recompute
@@ -125,11 +126,14 @@ def _high_water() -> float:
 
 
 def law(points: dict[str, dict[str, Any]], how: str) -> np.ndarray[Any, Any]:
-    """Memory as a quadratic in the channels: maps grow with the channels, weights and their copies with the square."""
+    """Memory as a quadratic in the channels: maps grow with the channels, weights and their copies with the square.
+
+    No term can be negative.
+    """
     chosen = [points[key_of(dataclasses.replace(LARGEST, channels=c))] for c in LARGEST_CHANNELS]
     columns = np.array([[1, c, c * c] for c in LARGEST_CHANNELS], float)
     values = np.array([point[f"gib_{how}"] for point in chosen])
-    solution: np.ndarray[Any, Any] = np.linalg.lstsq(columns / values[:, None], np.ones(len(values)), rcond=None)[0]
+    solution: np.ndarray[Any, Any] = nnls(columns / values[:, None], np.ones(len(values)))[0]
     return solution
 
 
