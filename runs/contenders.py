@@ -29,6 +29,7 @@ CHANGES = (
     "method",
     "attack",
     "validation_attack",
+    "activation",
     "auxiliary_weight",
     "weight_perturbation",
     *(f.name for f in dataclasses.fields(Training)),
@@ -75,14 +76,21 @@ class Contender:
 
     network: whose networks these are: its own name, or another contender's, which are then not trained again.
     teacher: the contender whose network of the same seed it learns from, where its method names one as teacher.
+    transfer: the one whose network of the same seed its activation is taken from, where that names one.
     """
 
     name: str
     network: str
     train: TrainPart
     teacher: str | None = None
+    transfer: str | None = None
     certify: Certify | None = None
     detect: Detect | None = None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The contenders whose networks have to be trained before."""
+        return tuple(dict.fromkeys(name for name in (self.teacher, self.transfer) if name is not None))
 
     @property
     def trains(self) -> bool:
@@ -178,12 +186,15 @@ def _contender(
         part = train(merged(base, entries), where)
     if "attack" in entries and not hasattr(part.objective, "attack"):
         raise InputError(f"{where}.attack: its training method takes none; leave it out")
+    trained = {other.name for other in before if other.trains}
     teacher = getattr(part.objective, "teacher", None)
+    transfer = part.activation.transfer if part.activation is not None else None
     return Contender(
         name,
         network,
         part,
-        teacher if any(other.name == teacher and other.trains for other in before) else None,
+        teacher if teacher in trained else None,
+        transfer if transfer in trained else None,
         _certify(beside["certify"], f"{where}.certify") if "certify" in beside else None,
         _detect(beside["detect"], f"{where}.detect") if "detect" in beside else None,
     )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from nas.activations.sparta import Gate, gates
 from nas.model_file import ModelSpec
 from nas.prediction import networks_in, passes_of
 from search_spaces.genotype import Genotype, StageGenotype
@@ -69,7 +70,8 @@ class Complexity:
 def complexity(spec: ModelSpec) -> Complexity:
     """The cost of the network of ``spec``; of an ensemble, of all its networks and of all passes of one prediction.
 
-    MACs count convolutions and linear layers, as is usual; normalisation, pooling and additions are left out.
+    MACs count convolutions and linear layers, as is usual, and gates of activations (Sparta); normalisation, pooling
+    and additions are left out.
     Masked weights count as multiplied, since dense kernels multiply them.
     """
     model = _without_weights(spec)
@@ -165,6 +167,12 @@ def _hooks(model: nn.Module, macs: Counter[str]) -> Iterator[None]:
                 macs[name] += output.numel() * weight.shape[1:].numel()
 
             handles.append(module.register_forward_hook(count))
+    for name, gate in gates(model).items():
+
+        def count_gate(gate: Gate, inputs: tuple[Tensor, ...], _: Any, name: str = name) -> None:
+            macs[name] += gate.macs(inputs[0])
+
+        handles.append(gate.register_forward_hook(count_gate))
     try:
         yield
     finally:
