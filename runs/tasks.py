@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nas.activations.transfer import freeze_activation, load_activation
+from nas.activations.transfer import check_source, freeze_activation, load_activation
 from nas.analysis.complexity import complexity, nonzero_parameters, parameters_of, with_parameters
 from nas.analysis.drawing import draw_cell
 from nas.analysis.throughput import throughput
@@ -167,7 +167,9 @@ def found_genotype(run: RunDirectory) -> AnyGenotype:
 
 def _search(context: Context) -> dict[str, Any]:
     recipe, folder = context.recipe, context.run.folder("search")
-    part = recipe.search
+    part, activation = recipe.search, recipe.train.activation
+    if activation is not None and activation.transfer:
+        check_source(Path(activation.transfer))  # told before a search, not after
     with MetricsLog(folder) as metrics:
         result = search(
             recipe.space,

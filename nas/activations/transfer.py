@@ -81,11 +81,15 @@ def freeze_activation(model: nn.Module) -> None:
         parameter.requires_grad_(False)
 
 
-def _read(source: Path) -> dict[str, Tensor]:
-    if (source / "model.json").exists():
-        return activation_state(load_model(source)[1])
-    if source.is_file():
-        return read_tensors(source)
+def check_source(source: Path) -> None:
+    """Raise ``InputError`` where ``source`` is nothing that ``load_activation`` could read."""
+    if (source / "model.json").exists() or source.is_file():
+        return
     raise InputError(
         f"activation transfer: '{source}' is neither the folder of a network (model.json) nor a file of parameters"
     )
+
+
+def _read(source: Path) -> dict[str, Tensor]:
+    check_source(source)
+    return read_tensors(source) if source.is_file() else activation_state(load_model(source)[1])
