@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nas.activations.activation import Placed, Shared, places
 from nas.errors import InputError
 from nas.model_file import load_model
+from nas.prediction import networks_in
 from nas.tensor_file import read_tensors, write_bytes
 
 
@@ -51,12 +52,18 @@ def load_activation(model: nn.Module, source: Path) -> None:
     """Give the activations of ``model`` the parameters that ``source`` holds, by their keys.
 
     source: a file of ``save_activation`` or the folder of a network (model.json, model.safetensors), which may be
-    deeper and of other data. It may hold more than is needed. Raises ``InputError`` where something is missing.
+    deeper and of other data. It may hold more than is needed. Each network of an ensemble is given the same. Raises
+    ``InputError`` where something is missing.
     """
+    found = _read(source)
+    for network in networks_in(model).values():
+        _give(network, found, source)
+
+
+def _give(model: nn.Module, found: Mapping[str, Tensor], source: Path) -> None:
     own = activation_state(model)
     if not own:
         raise InputError("activation transfer: the activation of this network has no parameters to be given")
-    found = _read(source)
     missing = sorted(own.keys() - found.keys())
     if missing:
         known = ", ".join(sorted({name.rpartition(".")[0] for name in found}))
@@ -92,4 +99,9 @@ def check_source(source: Path) -> None:
 
 def _read(source: Path) -> dict[str, Tensor]:
     check_source(source)
-    return read_tensors(source) if source.is_file() else activation_state(load_model(source)[1])
+    if source.is_file():
+        return read_tensors(source)
+    networks = [*networks_in(load_model(source)[1]).values()]
+    if len(networks) > 1:
+        raise InputError(f"activation transfer: '{source}' is an ensemble of {len(networks)} networks, not one")
+    return activation_state(networks[0])

@@ -1,6 +1,7 @@
 """Sparta: known functions at first, a gate that sees a neighbourhood and nothing else, parameters that move house."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from nas.evaluation.model_checks import gates_open
 from nas.evaluation.suspicion import Case
 from nas.model_file import save_model
 from nas.optimisation import Sgd
+from nas.prediction import MeanOfParticles
 from nas.threat_model import ThreatModel
 from nas.training.loop import Training, train
 from nas.training.standard import Standard
@@ -199,6 +201,18 @@ def test_parameters_of_other_widths_are_refused_unless_shared(spec_of, build, st
         else:
             with pytest.raises(InputError, match="'stage1-8', only for stage1-4, stage2-6"):
                 load_activation(other, path)
+
+
+def test_each_network_of_an_ensemble_gets_them(spec_of, build, stir, tmp_path):
+    source = stir(build(spec_of("plain", Sparta())))
+    save_activation(source, tmp_path / "phi")
+    spec = replace(spec_of("plain", Sparta()), prediction=MeanOfParticles(2))
+    ensemble = build(spec)
+    load_activation(ensemble, tmp_path / "phi")
+    assert all(_same(_bytes(member), _bytes(source)) for member in ensemble.members)
+    save_model(spec, ensemble, tmp_path)
+    with pytest.raises(InputError, match="ensemble of 2"):
+        load_activation(source, tmp_path)
 
 
 def test_what_cannot_be_transferred_is_told(spec_of, build, tmp_path):
