@@ -12,11 +12,16 @@ from nas.activations.annealing import anneal
 from nas.activations.lossy import BACKWARDS, Lossy, LossyMap, backward, lossy_maps, stable_share
 from nas.attacks.bpda import Bpda
 from nas.attacks.pgd import Pgd
+from nas.data.image_data import ImageData
+from nas.data.split import split
 from nas.errors import InputError
 from nas.evaluation.robustness import Trial, evaluate
 from nas.evaluation.suspicion import suspicions
 from nas.model_file import load_model, save_model
+from nas.optimisation import Sgd
 from nas.threat_model import ThreatModel
+from nas.training import loop
+from nas.training.standard import Standard
 
 KINDS = ["clip-quant", "dead-zone", "binary", "sigmoid-steep", "topk"]
 
@@ -155,26 +160,26 @@ def test_it_hardens_over_the_first_half(epochs):
     assert anneal(nn.ReLU(), 0, 5)
 
 
-def test_only_hardened_epochs_can_be_the_best(spec_of, build):
-    """The first epochs, with a rectifier in place, would be judged better, and another network would be kept."""
-    from test_sparta import _train
+@pytest.mark.parametrize("settings", [{}, {"ema": 0.99}, {"swa": 0.25}], ids=str)
+def test_only_hardened_epochs_can_be_the_best(settings, spec_of, build, monkeypatch):
+    """Not even where the first ones, with a rectifier in place, are judged better."""
+    judged = []
 
-    model = build(spec_of("plain", Lossy(kind="binary")))
-    records = _train(model, epochs=4, learning_rate=1e-6)  # so slow that only the level changes
+    def worse_and_worse(model, *arguments):
+        judged.append({float(module.level) for module in lossy_maps(model)})
+        share = 1 - len(judged) / 10
+        return loop.Validation(share, share)
+
+    monkeypatch.setattr(loop, "validate", worse_and_worse)
+    model = build(spec_of("plain", Lossy(bound=2.0)))
+    y = torch.arange(64) % 3
+    x = torch.randint(0, 256, (64, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    data = ImageData("made up", x, y, x[:8], y[:8], ("a", "b", "c"))
+    parts = split(y, architecture=0.5, validation=0.25, seed=0)
+    training = loop.Training(5, 8, optimiser=Sgd(schedule="constant"), **settings)
+    loop.train(model, data, parts, Standard(), training, validation_attack=Pgd(), seed=0)
+    assert judged == [{0.0}, {0.5}, {1.0}, {1.0}, {1.0}]
     assert all(float(module.level) == 1.0 for module in lossy_maps(model))
-    assert len(records) == 4
-    averaged = build(spec_of("plain", Lossy()))
-    from test_sparta import _data
-
-    from nas.attacks.fgsm import Fgsm
-    from nas.data.split import split
-    from nas.training.loop import Training, train
-    from nas.training.standard import Standard
-
-    data = _data()
-    parts = split(data.y_train, architecture=0.5, validation=0.25, seed=0)
-    train(averaged, data, parts, Standard(), Training(2, 8, ema=0.99), validation_attack=Fgsm(), seed=0)
-    assert all(float(module.level) == 1.0 for module in lossy_maps(averaged))
 
 
 @pytest.mark.parametrize("kind", ["clip-quant", "binary"])
@@ -314,8 +319,9 @@ def test_the_evaluator_suspects_a_network_whose_gradient_is_truly_zero(kind, tra
 
 def test_a_lossy_network_is_never_declared_clean(trained):
     """Even where all attacks that are known found all there is to find."""
-    checks = _checks(trained["clip-quant"], Bpda(THREAT, steps=40, through="straight-through"))
-    assert checks["lossy activations"].verdict != "pass"
+    wider = ThreatModel(epsilon=0.3)
+    checks = _checks(trained["clip-quant"], Bpda(wider, steps=20, through="sigmoid"))
+    assert checks["lossy activations"].verdict == "warn"
     assert "lossy activations" not in _checks(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), Pgd(THREAT))
 
 

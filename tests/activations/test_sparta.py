@@ -273,6 +273,12 @@ def test_parameters_of_activations_do_not_decay(spec_of, build):
         name: 0.0 if id(p) in own else 0.5 for name, p in model.named_parameters()
     }
     assert len(Sgd().optimiser([*build(spec_of("plain")).parameters()], []).param_groups) == 1
+    before, classifier = _bytes(model), model.classifier.weight.norm().item()
+    _train(model, learning_rate=1e-3, weight_decay=100.0, schedule="constant", momentum=0.0)
+    assert model.classifier.weight.norm().item() < 0.7 * classifier
+    after = _bytes(model)
+    assert all(torch.allclose(after[name], before[name], atol=0.05) for name in before)
+    assert not _same(after, before)
 
 
 def test_a_training_goes_on_from_its_checkpoint_to_the_same(spec_of, build, tmp_path):
