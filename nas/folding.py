@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 
 from nas import winograd
+from nas.activations.activation import Placed, Shared
 
 
 @dataclass(frozen=True)
@@ -234,10 +235,10 @@ The other answer is not kept: what a trace shows may change with the settings of
 
 
 class _Tracer(fx.Tracer):
-    """Looks into every module but layers and those with hooks, which only real tensors may reach."""
+    """Looks into every module but layers, activations and those with hooks, which only real tensors may reach."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return _hooked(m) or super().is_leaf_module(m, module_qualified_name)
+        return _hooked(m) or isinstance(m, Placed | Shared) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _graph(model: nn.Module) -> fx.Graph | None:

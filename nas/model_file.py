@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from nas.activations.activation import Activation, activation_from_data, activation_to_data, place
 from nas.compression.plan import Plan
 from nas.errors import InputError
 from nas.prediction import Prediction, prediction_from_data
 from nas.tensor_file import read_tensors, write_bytes, write_text
 from search_spaces.catalogue import space_of
-from search_spaces.genotype import AnyGenotype, GenotypeError, genotype_from_data
+from search_spaces.genotype import AnyGenotype, Genotype, GenotypeError, genotype_from_data
 
 SCHEMA = 1
 
@@ -30,6 +31,7 @@ class ModelSpec:
     input_shape: (C, H, W);  classes: names;  mean, std: per channel, in pixels of [0, 1];
     plans: compressions in the order they were applied. channels and cells have no meaning where the genotype
     itself holds the size (space "plain"). prediction: how it predicts, None for one pass of one network.
+    activation: what stands in the place of the activations of its space, None for these.
     """
 
     genotype: AnyGenotype
@@ -42,6 +44,7 @@ class ModelSpec:
     auxiliary: bool = False
     plans: tuple[Plan, ...] = ()
     prediction: Prediction | None = None
+    activation: Activation | None = None
 
     def build(self) -> nn.Module:
         """What predicts, with fresh weights, compressed as planned: the network, or an ensemble around or of such."""
@@ -51,7 +54,7 @@ class ModelSpec:
         return model
 
     def _network(self) -> nn.Module:
-        return space_of(self.genotype).build(
+        network = space_of(self.genotype).build(
             self.genotype,
             channels=self.channels,
             cells=self.cells,
@@ -61,6 +64,17 @@ class ModelSpec:
             std=self.std,
             auxiliary=self.auxiliary,
         )
+        if self.activation is not None:
+            place(network, self.activation, self.input_shape, self._groups())
+        return network
+
+    def _groups(self) -> dict[str, str]:
+        """Where places of the activation belong together by more than the size of their maps: kinds of cells."""
+        if not isinstance(self.genotype, Genotype):
+            return {}
+        placed = self.genotype.layout.place(self.cells, self.channels)
+        cells = {f"cells.{index}.": place.kind for index, place in enumerate(placed)}
+        return {**cells, "stem.": "stem", "auxiliary.": "auxiliary"}
 
     def to_data(self) -> dict[str, Any]:
         """Plain lists and dictionaries, as written to JSON."""
@@ -76,6 +90,7 @@ class ModelSpec:
             "auxiliary": self.auxiliary,
             "plans": [plan.to_data() for plan in self.plans],
             "prediction": None if self.prediction is None else self.prediction.to_data(),
+            "activation": activation_to_data(self.activation),
         }
 
     @staticmethod
@@ -97,6 +112,7 @@ class ModelSpec:
                 plans=tuple(Plan.from_data(plan) for plan in data["plans"]),
                 # Absent from files older than the field.
                 prediction=prediction_from_data(data.get("prediction")),
+                activation=activation_from_data(data.get("activation")),
             )
         except GenotypeError as error:
             raise InputError(f"genotype: {error}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -57,10 +57,14 @@ class Sgd:
             return low + (high - low) * (1 - progress) / (1 - self.warmup)
         return high
 
-    def optimiser(self, parameters: list[nn.Parameter]) -> torch.optim.SGD:
-        """A torch optimiser over ``parameters``."""
+    def optimiser(self, parameters: list[nn.Parameter], undecayed: Sequence[nn.Parameter] = ()) -> torch.optim.SGD:
+        """A torch optimiser over ``parameters``; those among them that are ``undecayed`` have no weight decay."""
+        apart = {id(parameter) for parameter in undecayed}
+        groups: list[dict[str, Any]] = [{"params": [p for p in parameters if id(p) not in apart]}]
+        if free := [p for p in parameters if id(p) in apart]:
+            groups.append({"params": free, "weight_decay": 0.0})
         return torch.optim.SGD(
-            parameters, lr=self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay, foreach=True
+            groups, lr=self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay, foreach=True
         )
 
 

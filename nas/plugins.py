@@ -13,6 +13,7 @@ FOLDERS = {
     "attacks": "attack",
     "training": "training method",
     "compression": "compression method",
+    "activations": "activation",
     "data": "data set",
 }
 """Folders of ``nas`` that hold plug-ins, and what one of theirs is called."""

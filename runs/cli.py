@@ -319,7 +319,8 @@ def _genotype_of(name: str) -> AnyGenotype:
 @app.command(name="list")
 def list_(
     what: Annotated[
-        str, typer.Argument(help="spaces, methods, attacks, compressors, data, recipes, genotypes or runs.")
+        str,
+        typer.Argument(help="spaces, methods, attacks, compressors, activations, data, recipes, genotypes or runs."),
     ],
     as_json: Json = False,
 ) -> None:
@@ -328,7 +329,13 @@ def list_(
     from runs.recipe import shipped
     from search_spaces import catalogue
 
-    folders = {"methods": "training", "attacks": "attacks", "compressors": "compression", "data": "data"}
+    folders = {
+        "methods": "training",
+        "attacks": "attacks",
+        "compressors": "compression",
+        "data": "data",
+        "activations": "activations",
+    }
     if what in folders:
         rows = {name: plugins.summary(plugin) for name, plugin in plugins.available(folders[what]).items()}
     elif what == "spaces":

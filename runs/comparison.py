@@ -63,7 +63,7 @@ def plan(recipe: Recipe) -> list[Task]:
     first, training = part.contenders[0], [contender for contender in part.contenders if contender.trains]
     tasks = []
     for contender in training:
-        taught = [(f"train/{contender.teacher}-{seed}",) if contender.teacher else () for seed in part.seeds]
+        taught = [tuple(f"train/{name}-{seed}" for name in contender.needs) for seed in part.seeds]
         tasks.append(Task(f"measure/{contender.name}", taught[0], _measure(contender)))
         counts = {f"measure/{first.name}", f"measure/{contender.name}"} if part.equal == "passes" else set()
         for seed, teacher in zip(part.seeds, taught, strict=True):
@@ -117,13 +117,17 @@ def _part(recipe: Recipe) -> ComparePart:
 def _context(context: Context, contender: Contender, seed: int) -> Context:
     """The context of one training: the contender's [train] table and the seed in place of the recipe's."""
     general, train = dataclasses.replace(context.recipe.general, seed=seed), contender.train
+    folders = {name: str(model_folder(context.run, f"{name}-{seed}")) for name in contender.needs}
+    for name in folders:
+        if "failed" in context.run.needed(f"train/{name}-{seed}"):
+            raise InputError(f"'{contender.name}' needs '{name}-{seed}', the training of which failed")
     if contender.teacher is not None:
-        name = f"{contender.teacher}-{seed}"
-        if "failed" in context.run.needed(f"train/{name}"):
-            raise InputError(f"'{contender.name}' has no teacher: the training of '{name}' failed")
         objective: Any = train.objective
-        folder = str(model_folder(context.run, name))
-        train = dataclasses.replace(train, objective=dataclasses.replace(objective, teacher=folder))
+        taught = dataclasses.replace(objective, teacher=folders[contender.teacher])
+        train = dataclasses.replace(train, objective=taught)
+    if contender.transfer is not None and train.activation is not None:
+        given = dataclasses.replace(train.activation, transfer=folders[contender.transfer])
+        train = dataclasses.replace(train, activation=given)
     return dataclasses.replace(context, recipe=dataclasses.replace(context.recipe, general=general, train=train))
 
 

@@ -30,6 +30,7 @@ CHANGES = (
     "method",
     "attack",
     "validation_attack",
+    "activation",
     "auxiliary_weight",
     "weight_perturbation",
     *(f.name for f in dataclasses.fields(Training)),
@@ -81,15 +82,22 @@ class Contender:
     network: whose networks these are: its own name, or another contender's, which are then not trained again.
     compress: how that other contender's networks are compressed, which makes them its own.
     teacher: the contender whose network of the same seed it learns from, where its method names one as teacher.
+    transfer: the one whose network of the same seed its activation is taken from, where that names one.
     """
 
     name: str
     network: str
     train: TrainPart
     teacher: str | None = None
+    transfer: str | None = None
     compress: CompressPart | None = None
     certify: Certify | None = None
     detect: Detect | None = None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The contenders whose networks have to be trained before."""
+        return tuple(dict.fromkeys(name for name in (self.teacher, self.transfer) if name is not None))
 
     @property
     def trains(self) -> bool:
@@ -206,12 +214,15 @@ def _contender(
         if "network" not in beside:
             raise InputError(f"{where}.compress: say whose networks by network = one of the contenders above")
         compress = makers.compress(beside["compress"], training[network], part, f"{where}.compress")
+    trained = {other.name for other in before if other.trains}
     teacher = getattr(part.objective, "teacher", None)
+    transfer = part.activation.transfer if part.activation is not None else None
     return Contender(
         name,
         network,
         part,
-        teacher if any(other.name == teacher and other.trains for other in before) else None,
+        teacher if teacher in trained else None,
+        transfer if transfer in trained else None,
         compress,
         _certify(beside["certify"], f"{where}.certify") if "certify" in beside else None,
         _detect(beside["detect"], f"{where}.detect") if "detect" in beside else None,

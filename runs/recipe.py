@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from nas import plugins
+from nas.activations.activation import Activation
+from nas.activations.relu import Relu
 from nas.errors import InputError, nearest
 from nas.evaluation.robustness import Trial
 from nas.objective import Attack, Gradients, Objective, Prepares
@@ -92,11 +94,29 @@ class SearchPart:
 
 
 @dataclass(frozen=True)
+class ActivationPart:
+    """The activation of a network and what its parameters begin with.
+
+    transfer: the folder of a network, a file of parameters or, in a comparison, a contender above, to take them from.
+    freeze: they are not trained.
+    """
+
+    activation: Activation
+    transfer: str = ""
+    freeze: bool = False
+
+    def __post_init__(self) -> None:
+        if self.freeze and not self.transfer:
+            raise InputError("freeze = true keeps the parameters of another network: name it by transfer = 'FOLDER'")
+
+
+@dataclass(frozen=True)
 class TrainPart:
     """Training a discovered network: its size, the method, and the attack that judges checkpoints.
 
     cells and either channels, the base channels, or parameters, the size for which the channels are chosen.
-    weight_perturbation: gamma of adversarial weight perturbation, 0 for none.
+    weight_perturbation: gamma of adversarial weight perturbation, 0 for none. activation: what stands in the place of
+    the activations of the network's space (ReLU), None for these.
     """
 
     training: Training
@@ -107,6 +127,7 @@ class TrainPart:
     channels: int = 0
     parameters: int = 0
     weight_perturbation: float = 0.0
+    activation: ActivationPart | None = None
 
     def __post_init__(self) -> None:
         if self.weight_perturbation:
@@ -380,7 +401,7 @@ RELAXATIONS: Mapping[str, type] = {"mixture": Mixture, "sampled_path": SampledPa
 
 
 SIZES = ("channels", "cells", "parameters", "weight_perturbation")
-TRAIN_KEYS = ("attack", "method", "validation_attack", "auxiliary_weight", *SIZES)
+TRAIN_KEYS = ("attack", "method", "validation_attack", "auxiliary_weight", "activation", *SIZES)
 """Keys of [train] beside those of the training loop."""
 
 
@@ -393,6 +414,7 @@ def _train(table: object, threat_model: ThreatModel, where: str = "train") -> Tr
     if isinstance(auxiliary_weight, bool) or not isinstance(auxiliary_weight, int | float) or auxiliary_weight < 0:
         raise InputError(f"{where}.auxiliary_weight must be a number of at least 0, not {auxiliary_weight!r}")
     size = {key: entries.pop(key) for key in SIZES if key in entries}
+    activation = _activation(entries.pop("activation"), f"{where}.activation") if "activation" in entries else None
     objective = method_from(method_table, f"{where}.method", attack_table, f"{where}.attack", threat_model)
     if auxiliary_weight and isinstance(objective, Gradients):
         raise InputError(
@@ -407,7 +429,22 @@ def _train(table: object, threat_model: ThreatModel, where: str = "train") -> Tr
         objective=objective,
         auxiliary_weight=float(auxiliary_weight),
         validation_attack=attack_from(validation_table, f"{where}.validation_attack", threat_model),
+        activation=activation,
     )
+
+
+def _activation(table: object, where: str) -> ActivationPart | None:
+    """None for ReLU, so that stating it changes nothing."""
+    entries = dict(mapping(table, where))
+    beside = {key: entries.pop(key) for key in ("transfer", "freeze") if key in entries}
+    cls = plugins.load("activations", name_of(entries, where))
+    activation = construct(cls, entries, where, ("name", "transfer", "freeze"))
+    part: ActivationPart = construct(ActivationPart, beside, where, activation=activation)
+    if isinstance(activation, Relu):
+        if beside:
+            raise InputError(f"{where}: relu has no parameters: leave out '{next(iter(beside))}'")
+        return None
+    return part
 
 
 HOLDS_ITS_SIZE = {"cells": 1, "channels": 1}

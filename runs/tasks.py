@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nas.activations.transfer import check_source, freeze_activation, load_activation
 from nas.analysis.complexity import complexity, nonzero_parameters, parameters_of, with_parameters
 from nas.analysis.drawing import draw_cell
 from nas.analysis.throughput import speed_lines, throughput
@@ -93,7 +94,10 @@ class Context:
         """The network of ``genotype`` for the recipe's data, at the recipe's size unless ``channels`` are given."""
         data, part = self.data, self.recipe.train
         known = channels or part.channels
-        spec = ModelSpec(genotype, known or 1, part.cells, data.input_shape, data.classes, data.mean, data.std)
+        activation = None if part.activation is None else part.activation.activation
+        spec = ModelSpec(
+            genotype, known or 1, part.cells, data.input_shape, data.classes, data.mean, data.std, activation=activation
+        )  # fmt: skip
         return spec if known else with_parameters(spec, part.parameters)
 
 
@@ -164,7 +168,9 @@ def found_genotype(run: RunDirectory) -> AnyGenotype:
 
 def _search(context: Context) -> dict[str, Any]:
     recipe, folder = context.recipe, context.run.folder("search")
-    part = recipe.search
+    part, activation = recipe.search, recipe.train.activation
+    if activation is not None and activation.transfer:
+        check_source(Path(activation.transfer))  # told before a search, not after
     with MetricsLog(folder) as metrics:
         result = search(
             recipe.space,
@@ -277,7 +283,12 @@ def to_train(
         objective = WeightPerturbation(objective, part.weight_perturbation)
     spec = context.spec(genotype, channels)
     spec = dataclasses.replace(spec, auxiliary=auxiliary, prediction=prediction_of(part.objective))
-    return spec, fresh(spec, derived_seed(context.seed, f"weights {name}")).to(context.device), objective
+    model = fresh(spec, derived_seed(context.seed, f"weights {name}"))
+    if part.activation is not None and part.activation.transfer:
+        load_activation(model, Path(part.activation.transfer))
+        if part.activation.freeze:
+            freeze_activation(model)
+    return spec, model.to(context.device), objective
 
 
 def _required_plain(recipe: Recipe) -> AnyGenotype:
@@ -453,8 +464,9 @@ def _export(context: Context) -> dict[str, Any]:
             continue
         spec, model = load_model(model_folder(run, name))
         folder = run.folder("export" if name == "searched" else "export/compressed")
-        # An ensemble has no form as a source file.
-        formats = ("json", "safetensors", "py") if spec.prediction is None else ("json", "safetensors")
+        # An ensemble, or a network with another activation than ReLU, has no form as a source file.
+        source = spec.prediction is None and spec.activation is None
+        formats = ("json", "safetensors", "py") if source else ("json", "safetensors")
         export_model(spec, model, folder, formats)
         for file in check_exports(folder, spec, model, inputs):
             entry = str((folder / file.file).relative_to(run.path))

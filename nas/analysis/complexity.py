@@ -68,7 +68,8 @@ class Complexity:
 def complexity(spec: ModelSpec) -> Complexity:
     """The cost of the network of ``spec``; of an ensemble, of all its networks and of all passes of one prediction.
 
-    MACs count convolutions and linear layers, as is usual; normalisation, pooling and additions are left out.
+    MACs count convolutions and linear layers, as is usual, and gates of activations (Sparta); normalisation, pooling
+    and additions are left out.
     Masked weights count as multiplied, since dense kernels multiply them.
     """
     model = _without_weights(spec)

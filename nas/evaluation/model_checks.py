@@ -7,10 +7,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from nas.activations.lossy import BACKWARDS, lossy_maps
+from nas.activations.sparta import SATURATED, openness
+from nas.attacks.bpda import Bpda
 from nas.attacks.gradient import input_gradient
 from nas.attacks.losses import LOSSES
 from nas.evaluation.expectation import answers_at_random
-from nas.evaluation.suspicion import Case, Check, grade, share
+from nas.evaluation.suspicion import Case, Check, Verdict, grade, share
 from nas.model_state import crafting
 from nas.prediction import begin, networks_in
 
@@ -101,4 +104,35 @@ def gradients_true(case: Case) -> Check:
     )
 
 
-MODEL_CHECKS = (deterministic, logits, eval_mode, gradients_there, gradients_true)
+def gates_open(case: Case) -> list[Check]:
+    """Gates of activations that are all open or all shut pass no gradient to what they look at."""
+    with torch.no_grad(), openness(case.model) as found:
+        case.model(case.x)
+    if not found:
+        return []
+    name, least = min(found.items(), key=lambda item: item[1])
+    verdict: Verdict = "pass" if least >= SATURATED else "fail"
+    return [Check("open gates", verdict, f"the mean of A (1 - A) is {least:.1e} at '{name}', the least; 0.25 at most")]
+
+
+def lossy_layers(case: Case) -> list[Check]:
+    """Activations that lose information mask gradients; at best nobody has found the way round yet."""
+    maps = lossy_maps(case.model)
+    if not maps:
+        return []
+    rows = case.robust.nonzero().squeeze(1)
+    broken = torch.zeros(len(rows), dtype=torch.bool, device=case.x.device)
+    x, y = case.x[rows], case.y[rows]
+    for through in BACKWARDS if len(rows) else ():
+        attack = Bpda(case.threat_model, steps=20, through=through)
+        broken |= ~case.answers(attack(case.model, x, y, generator=case.generator(f"lossy {through}")), rows)
+    fell = float(broken.sum()) / len(case.x)
+    detail = (
+        f"{len(maps)} lossy activations mask gradients; {fell:.1%} of the samples withstood the attacks but fall to "
+        f"PGD-20 through one of {', '.join(BACKWARDS)}"
+    )
+    # Never "pass": what no surrogate gradient found may still be there.
+    return [Check("lossy activations", "warn" if fell <= 0.02 else "fail", detail)]
+
+
+MODEL_CHECKS = (deterministic, logits, eval_mode, gradients_there, gradients_true, gates_open, lossy_layers)

@@ -81,6 +81,11 @@ def _blueprint(spec: ModelSpec) -> Any:
             f"a network that predicts by the {spec.prediction} has no form as a source file; "
             "export it by --to json,safetensors instead"
         )
+    if spec.activation is not None:
+        raise InputError(
+            f"a network with the activation {spec.activation} has no form as a source file; "
+            "export it by --to safetensors or onnx instead"
+        )
     for plan in spec.plans:
         if any(layer.action == "replaced" for layer in plan.layers):
             raise InputError(

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nas.activations.annealing import anneal
+from nas.activations.transfer import activation_parameters
 from nas.data.augmentation import Augmentation
 from nas.data.batches import batch_count, batches
 from nas.data.image_data import ImageData
@@ -110,7 +112,8 @@ def train(
 ) -> list[Record]:
     """Train ``model`` in place on ``split.training``; it ends with the weights of the best validated epoch.
 
-    Best means highest robust accuracy on ``split.validation``, then highest natural accuracy, then latest. The
+    Best means highest robust accuracy on ``split.validation``, then highest natural accuracy, then latest; epochs in
+    which an activation still hardens (``nas.activations.annealing``) do not count. The
     state is written to ``checkpoint`` after every epoch; a later call with the same arguments goes on from there
     to the same result. extra: images that make up a share of every batch. ``log`` gets each epoch's record, ``history``
     once all records so far, ``tick`` the progress. A validated record says by how much robust accuracy is below the
@@ -133,7 +136,7 @@ def train(
             )
         model.load_state_dict(weights)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = training.optimiser.optimiser(parameters)
+    optimiser = training.optimiser.optimiser(parameters, activation_parameters(model))
     x, y, indices = data.x_train, data.y_train, split.training.to(device)
     own, again = kept_by(objective, TrainsOn), kept_by(objective, Replays)
     if own is not None:
@@ -169,6 +172,7 @@ def train(
         method_generator = generator(seed, "method", epoch, device=device)
         sums: dict[str, Tensor] = {}
         losses: list[Tensor] = []
+        anneal(model, epoch, training.epochs)
         model.train()
         epoch_batches = batches(
             x,
@@ -209,13 +213,15 @@ def train(
             average.after_epoch(model, epoch / training.epochs, (batch.x for batch in own_images))
         if (epoch + 1) % training.validate_every == 0 or epoch + 1 == training.epochs:
             judged = model if average is None or average.network is None else average.network
+            # An activation that has not hardened yet is not the one that was asked for.
+            finished = anneal(judged, epoch, training.epochs)
             validation = validate(judged, data, split.validation, validation_attack, seed, training.batch_size)
             record |= {"validation_natural": validation.natural, "validation_robust": validation.robust}
             record["robust_overfitting"] = robust_overfitting(records, validation.robust)
             if warning := collapse_warning([*records, record]):
                 record["warnings"] = [warning]
             key = (validation.robust, validation.natural)
-            if key >= best_key:
+            if finished and key >= best_key:
                 best_state, best_key = _copy(judged), key
         records.append(record)
         log(record)
