@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nas.attacks.pgd import Pgd
-from nas.compression.generalised_separable import Choice, most_kernels, separated, shared_out, step_cost
+from nas.compression.generalised_separable import Choice, most_kernels, separated, shared_out
 from nas.compression.layers import Layer, deployed_layers, exchanged, kept_dense
 from nas.compression.plan import LayerPlan, Plan
 from nas.data.split import subset
@@ -280,8 +280,6 @@ def _left_alone(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, str]
             reasons[name] = f"{type(layer).__name__} has a forward pass of its own"
         elif any(users[id(parameter)] > 1 for parameter in layer.parameters()):
             reasons[name] = "shares its weight with another layer"
-        elif step_cost(layer.weight.shape, layer.groups) >= layer.weight.numel():
-            reasons[name] = "break-even: one kernel for each group costs as much as the layer"
     return reasons
 
 

@@ -178,7 +178,10 @@ class Choice:
 
     @property
     def limit(self) -> int:
-        """Steps up to which the layer costs less than as it is: the break-even."""
+        """Steps up to which the layer costs less than as it is: the break-even.
+
+        At least one where kernels have two pixels and groups two inputs: K2 + M < 2 M K2.
+        """
         return min(len(self.gains), (self.dense - 1) // self.cost)
 
     def kernels(self, steps: int) -> list[int]:
