@@ -404,6 +404,20 @@ def test_a_tie_weighs_much_but_not_infinitely():
     assert bool(alpha.isfinite().all()) and float(alpha.min()) > 1e6
 
 
+def test_images_near_a_decision_do_not_outweigh_the_others():
+    """Of a linear model: with a floor, an almost tied image counts a few times as much as another, not a million."""
+    layer, x = _convolution(3, 2, 5), _x(8, 3, 5)
+    model = nn.Sequential(layer, nn.Flatten())
+    with torch.no_grad():
+        gaps = model(x)[:, 0] - model(x)[:, 1]
+        layer.bias[0] -= gaps[3] - 1e-3  # the fourth image is tied now
+        floor = float((gaps - gaps[3] + 1e-3).abs().median())
+    for given, most in ((0.0, 1.0), (floor, 0.4)):
+        alone = error_weights(model, {"0": layer}, x[3:4], floor=given)["0"].sum()
+        share = float(alone / 8 / error_weights(model, {"0": layer}, x, floor=given)["0"].sum())
+        assert (0.99 if given == 0 else 0.0) < share < most
+
+
 def test_weighing_leaves_the_network_alone():
     _, model = _net()
     model.train()
@@ -412,7 +426,7 @@ def test_weighing_leaves_the_network_alone():
     state, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
     before = torch.get_rng_state()
     alone = error_weights(model, layers, _x(4, 1, 8, torch.float32))
-    Gdws(attack=Pgd(ThreatModel("linf", 0.1), steps=2)).plan(model, _setting(model))
+    Gdws(weights="adversarial", attack=Pgd(ThreatModel("linf", 0.1), steps=2)).plan(model, _setting(model))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert [module.training for module in model.modules()] == modes
@@ -437,24 +451,28 @@ def test_weighed_errors_do_not_depend_on_the_scale_of_weights():
     _, model = _net(dtype=torch.float64)
     other = _rescaled(model, 10.0)
     torch.testing.assert_close(other(_x(4, 1, 8)), model(_x(4, 1, 8)))
-    weighed = Gdws(keep=0.5, attack=Pgd(ThreatModel("linf", 0.05), steps=2))
-    kernels = [_kernels(weighed.plan(net, _setting(net)), net) for net in (model, other)]
-    assert kernels[0] == kernels[1] and len(kernels[0]) >= 2
+    for weights in ("adversarial", "relative"):
+        weighed = Gdws(keep=0.5, weights=weights, attack=Pgd(ThreatModel("linf", 0.05), steps=2))
+        kernels = [_kernels(weighed.plan(net, _setting(net)), net) for net in (model, other)]
+        assert kernels[0] == kernels[1] and kernels[0]
     unit = Gdws(keep=0.5, weights="unit")
     assert _kernels(unit.plan(model), model) != _kernels(unit.plan(other), other)
 
 
 def test_attack_seed_and_samples_decide_what_errors_are_weighed_on(monkeypatch):
     _, model = _net()
-    seen = []
+    seen, floors = [], []
 
-    def noted(model, layers, x, competitors):
+    def noted(model, layers, x, competitors, floor):
         seen.append(x)
+        floors.append(floor)
         assert competitors == 1
-        return error_weights(model, layers, x, competitors)
+        return error_weights(model, layers, x, competitors, floor)
 
     monkeypatch.setattr(gdws, "error_weights", noted)
-    method = Gdws(samples=20, competitors=1, attack=Pgd(ThreatModel("linf", 0.1), steps=1))
+    method = Gdws(
+        weights="adversarial", samples=20, competitors=1, margin=0.5, attack=Pgd(ThreatModel("linf", 0.1), steps=1)
+    )
 
     def images(method, **setting):
         seen.clear()
@@ -463,6 +481,8 @@ def test_attack_seed_and_samples_decide_what_errors_are_weighed_on(monkeypatch):
 
     sizes, x = images(method)
     assert sizes == [16, 4]
+    top = model(x).detach().topk(2).values
+    assert floors == [pytest.approx(0.5 * float((top[:, 0] - top[:, 1]).median()))] * 2
     assert torch.equal(x, images(method)[1]), "the same arguments, the same plan"
     assert not torch.equal(x, images(method, seed=1)[1])
     assert images(dataclasses.replace(method, samples=1000))[0] == [16, 16, 4], "the 36 that are trained on"
@@ -529,6 +549,20 @@ def test_the_error_bounds_what_every_layer_loses():
     nothing = Gdws(error=0.0, weights="unit").plan(model)
     assert not _replaced(nothing), "kernels of full rank cost more than the layer"
     assert _skipped(nothing)["features.3"].startswith("break-even: kernels within the error take 1088 numbers, the")
+
+
+def test_a_relative_error_is_the_share_of_the_squared_norm_that_is_lost():
+    _, model = _net()
+    plan = Gdws(error=0.3).plan(model)
+    implicit, layers = _implicit(model, plan.apply(model)), deployed_layers(model)
+    assert _replaced(plan)
+    for layer in _replaced(plan):
+        was, now = layers[layer.name].weight.detach(), implicit.get_submodule(layer.name).weight.detach()
+        share = float((was - now).square().sum() / was.square().sum())
+        assert 0.2 < share <= 0.3 and layer.reason.endswith(f"error {share:.3g}")
+    with torch.no_grad():
+        model.features[6].weight.zero_()
+    assert _kernels(Gdws(error=0.3).plan(model), model)["features.6"] == [1, *[0] * 7], "nothing to lose"
 
 
 def test_what_is_separable_is_found_to_be():
@@ -611,7 +645,7 @@ def _resnet():
 
 def test_a_residual_network_is_compressed_where_it_has_kernels():
     model = _resnet()
-    plan = Gdws(0.4, attack=Pgd(ThreatModel("linf", 0.05), steps=1)).plan(model, _setting(model))
+    plan = Gdws(0.4, weights="adversarial", attack=Pgd(ThreatModel("linf", 0.05), steps=1)).plan(model, _setting(model))
     assert [layer.name for layer in plan.layers] == list(deployed_layers(model))
     skipped = _skipped(plan)
     assert skipped["conv1"] == "first convolution" and skipped["fc"] == "classifier"
@@ -663,7 +697,7 @@ def test_layers_that_are_more_than_their_weight_are_left_alone():
 def test_a_module_that_stands_twice_is_replaced_once():
     layer = _convolution(6, 6, padding=1, dtype=torch.float32)
     model = nn.Sequential(nn.Conv2d(1, 6, 3), layer, nn.ReLU(), layer, nn.Flatten(), nn.Linear(6 * 36, 3)).eval()
-    plan = Gdws(0.5, attack=Pgd(ThreatModel("linf", 0.05), steps=1)).plan(model, _setting(model))
+    plan = Gdws(0.5, weights="adversarial", attack=Pgd(ThreatModel("linf", 0.05), steps=1)).plan(model, _setting(model))
     assert [item.name for item in _replaced(plan)] == ["1"]
     compressed = plan.apply(model)
     assert compressed[1] is compressed[3] and isinstance(compressed[1], GeneralisedSeparableConv2d)
@@ -716,7 +750,7 @@ def test_each_network_of_an_ensemble_has_kernels_of_its_own():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         ensemble = spec.build().eval()
-    method = Gdws(0.5, samples=12, attack=Pgd(ThreatModel("linf", 0.05), steps=1))
+    method = Gdws(0.5, weights="adversarial", samples=12, attack=Pgd(ThreatModel("linf", 0.05), steps=1))
     plan = plan_for(method, ensemble, _setting(ensemble))
     assert {layer.name.split(".")[1] for layer in _replaced(plan)} == {"0", "1"}
     compressed = plan.apply(ensemble)
@@ -764,7 +798,7 @@ def test_the_network_is_exported_for_batches_of_any_size():
         ({"keep": 0.0}, "above 0"), ({"keep": 1.1}, "at most 1"), ({"keep": float("nan")}, "above 0"),
         ({"error": -1.0}, "at least 0"), ({"error": float("inf")}, "finite"), ({"error": float("nan")}, "finite"),
         ({"keep": 0.5, "error": 0.1}, "not both"), ({"weights": "none"}, "'unit'"), ({"samples": 0}, "samples"),
-        ({"competitors": -1}, "competitors"),
+        ({"competitors": -1}, "competitors"), ({"margin": -1.0}, "margin"),
     ],
 )  # fmt: skip
 def test_impossible_settings_are_told(fields, told):
@@ -786,8 +820,8 @@ def test_a_budget_below_a_kernel_a_layer_names_what_is_possible():
 
 def test_weighing_without_data_or_numbers_is_refused():
     _, model = _net()
-    with pytest.raises(InputError, match="'unit'"):
-        Gdws(0.5).plan(model)
+    with pytest.raises(InputError, match="'relative'"):
+        Gdws(0.5, weights="adversarial").plan(model)
     with torch.no_grad():
         model.features[6].weight[0, 0, 0, 0] = torch.nan
     with pytest.raises(InputError, match="finite"):
