@@ -36,6 +36,7 @@ from nas.compression.size import stored_size
 from nas.data.image_data import ImageData
 from nas.data.split import split
 from nas.errors import InputError
+from nas.export.onnx_file import INPUT, OUTPUT, onnx_bytes
 from nas.model_file import ModelSpec, load_model, save_model, with_plan
 from nas.model_state import constant, crafting
 from nas.objective import Setting
@@ -199,6 +200,19 @@ def test_layers_keep_what_the_convolution_had():
     half = separated(layer.to(torch.bfloat16), [1] * 6)
     assert {tensor.dtype for tensor in half.state_dict().values()} == {torch.bfloat16}
     assert separated(layer.to("meta"), [1, 2, 1, 1, 1, 1], fit=False).index.device.type == "meta"
+
+
+def test_maps_stay_in_their_memory_order():
+    """A gather that puts channels first costs the depthwise convolution twice its time."""
+    new, x = separated(_convolution(), [1, 2, 0, 1, 1, 3]), _x()
+    seen = []
+    new.depthwise.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    last = x.to(memory_format=torch.channels_last).requires_grad_()
+    first = x.clone().requires_grad_()
+    results = [(y := new(given), *torch.autograd.grad(y.square().sum(), given)) for given in (first, last)]
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert seen[0].is_contiguous() and seen[1].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_the_layer_trains_copies_and_moves_like_any_other():
@@ -787,6 +801,16 @@ def test_the_network_is_exported_for_batches_of_any_size():
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(compressed, (_images(4),), dynamic_shapes=({0: batch},))
     torch.testing.assert_close(program.module()(_images(7)), compressed(_images(7)))
+
+
+def test_an_onnx_file_computes_the_same():
+    onnxruntime = pytest.importorskip("onnxruntime")
+    _, model = _net()
+    compressed = Gdws(0.5).plan(model).apply(model)
+    assert any(getattr(module, "index", None) is not None for module in compressed.modules())
+    session = onnxruntime.InferenceSession(onnx_bytes(compressed, (1, 8, 8)), providers=["CPUExecutionProvider"])
+    (logits,) = session.run([OUTPUT], {INPUT: _images(5).numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), compressed(_images(5)).detach(), rtol=1e-4, atol=1e-5)
 
 
 # --- bad input
