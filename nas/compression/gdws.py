@@ -87,6 +87,8 @@ class Gdws:
     def plan(self, model: nn.Module, setting: Setting | None = None) -> Plan:
         """How many kernels every input channel of every convolution gets."""
         layers = deployed_layers(model)
+        if not layers:
+            raise InputError("this network has no convolution or linear layer left that gdws may look at")
         reasons = _left_alone(model, layers)
         competing = {n: layer for n, layer in layers.items() if n not in reasons and isinstance(layer, nn.Conv2d)}
         alphas: Mapping[str, Tensor] = {}

@@ -19,6 +19,8 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from nas.attacks.pgd import Pgd
 from nas.compression import gdws
+from nas.compression.channel_pruning import ChannelPruning
+from nas.compression.fold_batchnorm import BatchNormFolding
 from nas.compression.gdws import Gdws, error_weights
 from nas.compression.generalised_separable import (
     Choice,
@@ -29,6 +31,7 @@ from nas.compression.generalised_separable import (
     shared_out,
     step_cost,
 )
+from nas.compression.int8 import Int8Quantisation
 from nas.compression.layers import deployed_layers
 from nas.compression.magnitude import MagnitudePruning
 from nas.compression.plan import LayerPlan, Plan, plan_for
@@ -736,6 +739,24 @@ def test_pruned_networks_are_separated_as_they_compute_and_separated_ones_pruned
     reasons = _skipped(Gdws(error=0.1, weights="unit").plan(compressed))
     assert reasons["features.6.depthwise"].startswith("depthwise")
     assert reasons["features.6.pointwise"].startswith("1x1")
+
+
+def test_what_comes_before_and_after_fits_or_says_so(setting):
+    _, model = _net()
+    method = Gdws(0.5)
+    folded = BatchNormFolding().plan(model, setting).apply(model)
+    compressed = method.plan(folded).apply(folded)
+    torch.testing.assert_close(compressed(_images()), _implicit(folded, compressed)(_images()), rtol=1e-4, atol=1e-5)
+    compressed = method.plan(model).apply(model)
+    name = _replaced(method.plan(model))[0].name
+    after = BatchNormFolding().plan(compressed, setting)
+    assert f"{name}.pointwise" in {layer.name for layer in _replaced(after)}, "its normalisation goes into the 1x1"
+    torch.testing.assert_close(after.apply(compressed)(_images()), compressed(_images()), rtol=1e-4, atol=1e-5)
+    quantised = Int8Quantisation(images=16).plan(model, setting).apply(model)
+    with pytest.raises(InputError, match="no convolution or linear layer left"):
+        method.plan(quantised)
+    with pytest.raises(InputError, match="prune channels before"):
+        ChannelPruning(0.5).plan(compressed, setting)
 
 
 def test_a_plan_survives_json_and_the_network_its_files(tmp_path, monkeypatch):
