@@ -372,6 +372,7 @@ class _Awkward(nn.Module):
         self.twice = nn.Conv2d(4, 4, (3, 2), padding="same", dilation=2)
         self.grouped = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2, padding_mode="reflect")
         self.few = nn.Conv2d(6, 12, 3, padding=1, padding_mode="circular", stride=2)
+        self.again = nn.Conv2d(12, 12, (1, 3), padding="same")
         self.unused = nn.Conv2d(6, 12, 3)
         self.relu = nn.ReLU(inplace=True)
         self.norm = nn.BatchNorm2d(4)
@@ -380,7 +381,8 @@ class _Awkward(nn.Module):
     def forward(self, x):
         x = self.relu(self.norm(self.a(x)))
         x = self.relu(self.twice(self.relu(self.twice(x))))
-        return self.head(self.few(self.relu(self.grouped(x))).mean((2, 3)))
+        x = self.few(self.relu(self.grouped(x)))
+        return self.head(self.again(self.again(x)).mean((2, 3)))
 
 
 @pytest.mark.parametrize("competitors", [0, 2])
@@ -390,7 +392,7 @@ def test_error_weights_are_those_of_the_definition(competitors, room, monkeypatc
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = _Awkward().double().eval()
-    layers = {name: getattr(model, name) for name in ("twice", "grouped", "few")}
+    layers = {name: getattr(model, name) for name in ("twice", "grouped", "few", "again")}
     x = _x(6, 1, 8)
     expected = _by_autograd(model, layers, x, competitors)
     found = error_weights(model, {**layers, "unused": model.unused}, x, competitors)
