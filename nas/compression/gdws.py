@@ -88,7 +88,7 @@ class Gdws:
         """How many kernels every input channel of every convolution gets."""
         layers = deployed_layers(model)
         if not layers:
-            raise InputError("this network has no convolution or linear layer left that gdws may look at")
+            raise InputError("this network has no layer left that gdws may look at")
         reasons = _left_alone(model, layers)
         competing = {n: layer for n, layer in layers.items() if n not in reasons and isinstance(layer, nn.Conv2d)}
         alphas: Mapping[str, Tensor] = {}
@@ -149,7 +149,7 @@ class Gdws:
         budget, least = int(keep * dense), sum(choice.cost for choice in choices.values())
         if not choices and keep < 1:
             told = ", ".join(f"{count} x {reason}" for reason, count in Counter(reasons.values()).items())
-            raise InputError(f"this network has no convolution that gdws could make smaller ({told})")
+            raise InputError(f"this network has no layer that gdws could make smaller ({told})")
         if budget < least:
             raise InputError(
                 f"keep = {keep} is below one kernel for each layer of this network: keep at least "

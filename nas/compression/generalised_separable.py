@@ -68,7 +68,7 @@ class GeneralisedSeparableConv2d(nn.Module):
 
     def _owners(self) -> Tensor:
         """The input channel that each kernel looks at: [G], ascending."""
-        return torch.arange(len(self.kernels)).repeat_interleave(torch.tensor(self.kernels))
+        return torch.tensor([channel for channel, count in enumerate(self.kernels) for _ in range(count)])
 
 
 def _gathered(x: Tensor, index: Tensor) -> Tensor:
