@@ -158,12 +158,12 @@ def _blocks(weight: Tensor, groups: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """How many kernels a layer may have and what error is left: one step is one more kernel in each group.
+    """How many kernels a layer may have and what error is left: one step adds ``size`` kernels to each group.
 
-    Every group gets the same number, as the 1x1 convolution of a grouped layer needs it; without groups a step is a
-    kernel. gains: [T] squared weighted error that each step removes, falling;  errors: [T + 1], what is left after
-    so many steps;  cost: numbers of a step;  dense: numbers of the layer as it is;  taken: [groups, T] the input
-    channel, of the ``inside`` of its group, whose kernel each step adds.
+    Every group gets the same number, as the 1x1 convolution of a grouped layer needs it. gains: [S] squared weighted
+    error that each step removes, falling;  errors: [S + 1], what is left after so many steps;  cost: numbers of a step;
+    dense: numbers of the layer as it is;  taken: [groups, T] the input channel, of the ``inside`` of its group, whose
+    kernel comes next;  useful: kernels of a group after which no error is left.
     """
 
     gains: Tensor
@@ -172,20 +172,30 @@ class Choice:
     dense: int
     taken: Tensor
     inside: int
+    size: int
+    useful: int
 
     @staticmethod
-    def of(weight: Tensor, groups: int, channel_weights: Tensor | None = None) -> Choice:
-        """The choice for a convolution. channel_weights: alpha [I] of each block's squared error; 1 if not given."""
+    def of(weight: Tensor, groups: int, channel_weights: Tensor | None = None, multiple: int = 1) -> Choice:
+        """The choice for a convolution. channel_weights: alpha [I] of each block's squared error; 1 if not given.
+
+        multiple: of how many the sum of all kernels is one after every step; of one where the layer is too small.
+        """
         squares = kernel_squares(weight, groups)
         if channel_weights is not None:
             squares = squares * channel_weights.to(squares)[:, None]
-        most = squares.shape[1]
         # Of all kernels of a group the best first: within a channel they already fall, so any such set is a prefix.
         values, order = squares.view(groups, -1).sort(dim=1, descending=True, stable=True)
-        gains = values.sum(0)
-        errors = torch.cat([gains.flip(0).cumsum(0).flip(0), gains.new_zeros(1)])
-        cost = step_cost(weight.shape, groups)
-        return Choice(gains, errors, cost, weight.numel(), order // most, weight.shape[1])
+        singles, cost = values.sum(0), step_cost(weight.shape, groups)
+        size = multiple // math.gcd(multiple, groups)
+        if size * cost >= weight.numel():
+            size = 1
+        # What does not fill a step is past the break-even: kernels of full rank cost more than the layer.
+        gains = singles[: len(singles) // size * size].view(-1, size).sum(1)
+        left = torch.cat([singles.flip(0).cumsum(0).flip(0), singles.new_zeros(1)])
+        useful = max(1, int((singles > 0).sum()))
+        taken = order // squares.shape[1]
+        return Choice(gains, left[::size], size * cost, weight.numel(), taken, weight.shape[1], size, useful)
 
     @property
     def limit(self) -> int:
@@ -196,8 +206,8 @@ class Choice:
         return min(len(self.gains), (self.dense - 1) // self.cost)
 
     def kernels(self, steps: int) -> list[int]:
-        """g_c of each input channel after so many steps: least error at this complexity (MEGO)."""
-        counts = [group[:steps].bincount(minlength=self.inside) for group in self.taken]
+        """g_c of each input channel after so many steps: least error at this complexity (MEGO), no useless kernels."""
+        counts = [group[: min(steps * self.size, self.useful)].bincount(minlength=self.inside) for group in self.taken]
         return [int(count) for count in torch.cat(counts)]
 
     def steps_within(self, error: float) -> int:

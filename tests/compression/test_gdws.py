@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import re
 import zlib
 
 import numpy as np
@@ -521,7 +522,7 @@ def test_attack_seed_and_samples_decide_what_errors_are_weighed_on(monkeypatch):
 @pytest.mark.parametrize("keep", [0.9, 0.6, 0.35])
 def test_the_budget_is_met_by_the_numbers_that_the_layers_really_hold(keep):
     _, model = _net()
-    plan = Gdws(keep, weights="unit").plan(model)
+    plan = Gdws(keep, weights="unit", step=1).plan(model)
     compressed = plan.apply(model)
     layers = deployed_layers(model)
     competing = [name for name in layers if name not in ("features.0", "classifier")]
@@ -533,6 +534,32 @@ def test_the_budget_is_met_by_the_numbers_that_the_layers_really_hold(keep):
         now = sum(p.numel() for p in new.parameters())
         assert now < numbers
         assert f"{sum(new.kernels)} kernels" in layer.reason and f"{now} numbers for {numbers}" in layer.reason
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_kernels_come_in_the_multiples_that_engines_want(step):
+    _, model = _net()
+    for method in (Gdws(0.6, step=step), Gdws(error=0.3, step=step)):
+        kernels = _kernels(method.plan(model), model)
+        assert kernels and all(sum(counts) % step == 0 for counts in kernels.values())
+    for groups in (1, 2, 3):
+        layer = _convolution(12, groups=groups)
+        single, several = (Choice.of(layer.weight, groups, multiple=multiple) for multiple in (1, step))
+        assert (several.size * groups) % step == 0 and several.cost == several.size * single.cost
+        assert len(several.errors) == len(several.gains) + 1
+        for steps in range(several.limit + 1):
+            assert several.kernels(steps) == single.kernels(steps * several.size)
+            assert float(several.errors[steps]) == float(single.errors[steps * several.size])
+            if steps:
+                removed = float(several.errors[steps - 1] - several.errors[steps])
+                assert float(several.gains[steps - 1]) == pytest.approx(removed)
+    tiny = _convolution(2, 2, 2)
+    assert Choice.of(tiny.weight, 1, multiple=step).size == 1, "no multiple is smaller than the layer"
+    exact = _convolution(6, 12)
+    with torch.no_grad():
+        exact.weight.copy_(torch.rand(12, 6, 1, 1) * torch.rand(1, 6, 3, 3))
+    choice = Choice.of(exact.weight.float(), 1, multiple=step)
+    assert choice.kernels(choice.steps_within(0.0)) == [1] * 6, "none that computes nothing"
 
 
 def test_stronger_compression_is_smaller_and_farther():
@@ -551,7 +578,7 @@ def test_the_error_bounds_what_every_layer_loses():
     _, model = _net()
     compressed = {}
     for error in (2.0, 0.6):
-        plan = Gdws(error=error, weights="unit").plan(model)
+        plan = Gdws(error=error, weights="unit", step=1).plan(model)
         found = compressed[error] = plan.apply(model)
         implicit, layers = _implicit(model, found), deployed_layers(model)
         assert _replaced(plan)
@@ -852,7 +879,7 @@ def test_an_onnx_file_computes_the_same():
         ({"keep": 0.0}, "above 0"), ({"keep": 1.1}, "at most 1"), ({"keep": float("nan")}, "above 0"),
         ({"error": -1.0}, "at least 0"), ({"error": float("inf")}, "finite"), ({"error": float("nan")}, "finite"),
         ({"keep": 0.5, "error": 0.1}, "not both"), ({"weights": "none"}, "'unit'"), ({"samples": 0}, "samples"),
-        ({"competitors": -1}, "competitors"), ({"margin": -1.0}, "margin"),
+        ({"competitors": -1}, "competitors"), ({"margin": -1.0}, "margin"), ({"step": 0}, "step"),
     ],
 )  # fmt: skip
 def test_impossible_settings_are_told(fields, told):
@@ -864,12 +891,16 @@ def test_a_budget_below_a_kernel_a_layer_names_what_is_possible():
     _, model = _net()
     with pytest.raises(InputError, match=r"keep at least 0\.\d+") as caught:
         Gdws(0.001, weights="unit").plan(model)
-    least = float(str(caught.value).rsplit(" ", 1)[1])
-    kernels = _kernels(Gdws(least, weights="unit").plan(model), model)
-    assert [sum(counts) for counts in kernels.values()] == [1, 1, 1]
-    assert Gdws(least, weights="unit").plan(model).apply(model)(_images()).isfinite().all()
-    with pytest.raises(InputError, match="keep at least"):
-        Gdws(least - 1e-3, weights="unit").plan(model)
+    assert str(caught.value).endswith(", or lower step")
+    for step in (1, 8):
+        with pytest.raises(InputError, match="keep at least") as caught:
+            Gdws(0.001, weights="unit", step=step).plan(model)
+        least = float(re.search(r"at least (0\.\d+)", str(caught.value))[1])
+        plan = Gdws(least, weights="unit", step=step).plan(model)
+        assert [sum(counts) for counts in _kernels(plan, model).values()] == [step] * 3
+        assert plan.apply(model)(_images()).isfinite().all()
+        with pytest.raises(InputError, match="keep at least"):
+            Gdws(least - 1e-3, weights="unit", step=step).plan(model)
 
 
 def test_weighing_without_data_or_numbers_is_refused():
