@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from nas.attacks.pgd import Pgd
 from nas.compression.dataflow import example_images, trace
+from nas.compression.generalised_separable import GeneralisedSeparableConv2d
 from nas.compression.layers import deployed_layers, exchanged, kept_dense
 from nas.compression.magnitude import Mask
 from nas.compression.packing import pack, unpack
@@ -76,6 +77,8 @@ class ChannelPruning:
         deployed = deployed_layers(model)
         if not deployed:
             raise InputError("this network has no convolution or linear layer that channel pruning may touch")
+        if any(isinstance(module, GeneralisedSeparableConv2d) for module in model.modules()):
+            raise InputError("channels cannot be pruned after gdws, which repeats them: prune channels before")
         if self.importance == "taylor" and setting is None:
             raise InputError("importance 'taylor' needs training images: give the data set")
         images = example_images(model, setting)
