@@ -237,8 +237,10 @@ def build(table: Table) -> Recipe:
     general = construct(General, {key: table[key] for key in general_fields if key in table}, "recipe")
     threat_model = construct(ThreatModel, table.get("threat_model", {}), "threat_model")
     compared = mapping(table["compare"], "compare") if "compare" in table else {}
-    size = HOLDS_ITS_SIZE if isinstance(compared.get("genotype"), Mapping) and "depths" in compared["genotype"] else {}
-    train_table = {**size, **mapping(table["train"], "train")}
+    train_table = mapping(table["train"], "train")
+    if isinstance(compared.get("genotype"), Mapping) and "depths" in compared["genotype"]:
+        # The size that [train] states for networks of cells has no meaning then.
+        train_table = {key: value for key, value in train_table.items() if key != "parameters"} | HOLDS_ITS_SIZE
     train = _train(train_table, threat_model)
     space = _space(table.get("space", {"name": "dsara"}))
     search = _search(table.get("search", {}), threat_model)
