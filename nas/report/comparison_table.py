@@ -145,7 +145,7 @@ def masking(contender: Data) -> str:
     """The verdict of the checks; the lines below the table say which failed."""
     if contender.get("masking") is None:
         failed = next((run["failed"] for run in contender["runs"] if "failed" in run), None)
-        return ABSENT if failed is None else "training failed"
+        return ABSENT if failed is None else "failed, see below"
     verdict = contender["masking"]["verdict"]
     return f"{MARKS[verdict]} {verdict}"
 

@@ -78,9 +78,9 @@ def test_the_table_in_markdown():
 def test_a_failed_training_is_a_row_that_says_so():
     given = results(contender("base", 0.5), FAILED)
     row = next(line for line in markdown(given).splitlines() if line.startswith("| wild"))
-    assert row.startswith(f"| wild | {ABSENT} | {ABSENT} | {ABSENT} | training failed | {ABSENT} |")
+    assert row.startswith(f"| wild | {ABSENT} | {ABSENT} | {ABSENT} | failed, see below | {ABSENT} |")
     page = render(given)
-    assert "the loss is nan" in page and "training failed" in page
+    assert "the loss is nan" in page and "failed, see below" in page
 
 
 def test_columns_know_what_they_show():

@@ -402,7 +402,7 @@ def test_a_training_that_diverges_does_not_end_the_others(tmp_path: Path, monkey
     failed = contender(results, "wild")
     assert "lower the learning rate" in failed["runs"][0]["failed"] and "worst_case" not in failed
     assert any(line.startswith("wild failed in 1 of 1 seeds") for line in results["verdict"])
-    assert "training failed" in Path("run/table.md").read_text()
+    assert "failed, see below" in Path("run/table.md").read_text()
     assert "lower the learning rate" in Path("run/report.html").read_text()
 
 
