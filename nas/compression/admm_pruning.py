@@ -35,19 +35,19 @@ class AdmmPruning:
     rho grows by ``growth`` each time, and U, which is the multiplier over rho, shrinks as much (the released code
     leaves U as it is). What is smallest in W at the end is masked, and the rest fine-tuned.
 
-    keep: share of the competing weights that stays, above 0 and at most 1.  scope: "layer": of each layer alike, as
-    there; "global": of all together.  epochs: of this training, before fine-tuning; with 0 the mask is that of
-    magnitude.  rho: pull at first; what counts is rho times learning rate times steps. The paper's 0.001 (learning rate
-    0.01, 200 epochs of 390 steps, interval 20) is far too weak for short training.
+    keep: share of the competing weights that stays, above 0 and at most 1.  scope: "global": of all together;
+    "layer": of each alike (there, the share of each layer is set by hand).  epochs: of this training, before
+    fine-tuning; with 0 the mask is that of magnitude.  rho: pull at first; what counts is rho x learning rate x steps.
+    The paper's 0.001 (learning rate 0.01, 200 epochs of 390 steps, interval 20) is far too weak for short training.
     """
 
     retrains: ClassVar[bool] = True
 
     keep: float = 0.1
-    scope: Scope = "layer"
+    scope: Scope = "global"
     epochs: int = 10
     interval: int = 1
-    rho: float = 0.1
+    rho: float = 0.3
     growth: float = 1.3
 
     def __post_init__(self) -> None:
@@ -108,9 +108,8 @@ class AdmmPruning:
                     dual.copy_((dual + weights[name] - targets[name]) / self.growth)
         known.fill_(epoch)
 
-    def penalty(self, model: nn.Module, loss: Tensor) -> tuple[Tensor, Metrics]:
+    def penalty(self, model: nn.Module) -> tuple[Tensor, Metrics]:
         """rho/2 sum |W - Z + U|^2;  sparsity_gap: |W - Z| / |W| over all layers, 0 where W is as sparse as asked."""
-        del loss
         layers = _carriers(model).values()
         weights = [layer.weight for layer in layers]
         gaps = [weight - layer.get_buffer(TARGET) for weight, layer in zip(weights, layers, strict=True)]

@@ -26,9 +26,8 @@ from nas.training.teacher import Teacher, divergence
 MULTIPLIER, KEPT = "deadwooding_multiplier", "deadwooding_kept"
 """Buffers of each layer of a steered network: the multipliers (one for each weight, or one), and which weights are
 among the largest of the network."""
-EPOCH, LOSS, STEPS, RATE = "deadwooding_epoch", "deadwooding_loss", "deadwooding_steps", "deadwooding_rate"
-"""Buffers of the network: the epoch that multipliers are of; sum of the losses of an epoch, and of how many steps; how
-fast multipliers grow, 0 until the first mean loss is known."""
+EPOCH = "deadwooding_epoch"
+"""Buffer of the network: the epoch that multipliers are of."""
 
 
 @dataclass(frozen=True)
@@ -43,29 +42,30 @@ class Deadwooding:
     With T the indices of the share ``keep`` of largest |theta| of the network, found anew at each epoch,
 
         min over theta of  loss + sum_{i not in T} lambda_i |theta_i|,
-        lambda_i := lambda_i + r |theta_i| after each epoch, for i not in T,
+        lambda_i := lambda_i + rho |theta_i| after each epoch, for i not in T,
 
     for ``epochs`` epochs by ordinary SGD along a sub-gradient (the training loop owns the step, so that there is no
     proximal one and weights become small, not zero, before they are cut). The loss is what the network was trained by.
-    r = rho times the mean loss of the first epoch over the squared mean |theta| at its end: rho is a pure number, which
-    rescaled layers do not change. What is outside T at the end is masked, and the rest fine-tuned to minimise
+    What is outside T at the end is masked, and the rest fine-tuned to minimise
 
         alpha CE(x~, y) + (1 - alpha) t^2 KL(p_parent(x) || p(x~)),
 
     at ``temperature`` t, x~ by one FGSM step of 1.25 epsilon from a random start in the attack's threat model.
 
     keep: share of the competing weights that stays, above 0 and at most 1.  epochs: of steering; with 0 the mask is
-    that of magnitude.  multipliers: one for each "weight" (as much memory as the weights), "layer", or "global", the
-    last two by the mean of |theta| outside T.  reset: a weight that enters T loses its multiplier.  natural: steer by
-    cross-entropy on clean images instead.  score, floor: of the ranking, see ``masks.Selection``.  distil: False
-    fine-tunes by what the recipe says.  attack: whose threat model fine-tuning takes; with fgsm = False, itself.
+    that of magnitude.  rho: step of the multipliers: a weight that nothing holds shrinks in proportion to itself, over
+    all by learning rate x steps x rho x epochs / 2.  multipliers: one for each "weight" (as much memory as the
+    weights), "layer", or "global", the last two by the mean of |theta| outside T.  reset: a weight that enters T loses
+    its multiplier.  natural: steer by cross-entropy on clean images instead.  score, floor: of the ranking, see
+    ``masks.Selection``.  distil: False fine-tunes by what the recipe says.  attack: whose threat model fine-tuning
+    takes; with fgsm = False, itself.
     """
 
     retrains: ClassVar[bool] = True
 
     keep: float = 0.1
     epochs: int = 20
-    rho: float = 1e-3
+    rho: float = 1.0
     multipliers: Literal["weight", "layer", "global"] = "weight"
     reset: bool = False
     natural: bool = False
@@ -111,11 +111,7 @@ class Deadwooding:
             like = torch.zeros_like(weight) if self.multipliers == "weight" else weight.new_zeros(())
             layer.register_buffer(MULTIPLIER, like)
             layer.register_buffer(KEPT, kept[name])
-        device = next(iter(weights.values())).device
-        for name in (EPOCH, STEPS):
-            copied.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
-        for name in (LOSS, RATE):
-            copied.register_buffer(name, torch.zeros((), device=device))
+        copied.register_buffer(EPOCH, torch.zeros((), dtype=torch.int64, device=next(iter(weights.values())).device))
         return copied
 
     def steering(self, objective: Objective) -> Penalised:
@@ -128,8 +124,7 @@ class Deadwooding:
         for layer in _carriers(network).values():
             for name in (MULTIPLIER, KEPT):
                 delattr(layer, name)
-        for name in (EPOCH, LOSS, STEPS, RATE):
-            delattr(network, name)
+        delattr(network, EPOCH)
         return network
 
     def recovery(self, objective: Objective, parent: nn.Module) -> Objective:
@@ -153,7 +148,7 @@ class Deadwooding:
         if int(known) == epoch:
             return
         with torch.no_grad():
-            self._ascend(model, layers)
+            self._ascend(layers)
             weights = {name: layer.weight.detach() for name, layer in layers.items()}
             for name, kept in self._selection()(weights).items():
                 layers[name].get_buffer(KEPT).copy_(kept)
@@ -161,10 +156,8 @@ class Deadwooding:
                     layers[name].get_buffer(MULTIPLIER).masked_fill_(kept, 0)
         known.fill_(epoch)
 
-    def penalty(self, model: nn.Module, loss: Tensor) -> tuple[Tensor, Metrics]:
+    def penalty(self, model: nn.Module) -> tuple[Tensor, Metrics]:
         """sum lambda |theta| outside T;  residual: the share of sum |theta| that is outside T and about to be cut."""
-        model.get_buffer(LOSS).add_(loss)
-        model.get_buffer(STEPS).add_(1)
         layers = _carriers(model).values()
         sizes = [layer.weight.abs() for layer in layers]
         outside = [size * ~layer.get_buffer(KEPT) for size, layer in zip(sizes, layers, strict=True)]
@@ -172,24 +165,18 @@ class Deadwooding:
         cut, whole = (torch.stack([t.detach().sum() for t in some]).sum() for some in (outside, sizes))
         return torch.stack(pulls).sum(), {"residual": cut / whole.clamp_min(1e-30)}
 
-    def _ascend(self, model: nn.Module, layers: dict[str, Layer]) -> None:
+    def _ascend(self, layers: dict[str, Layer]) -> None:
         """The step of the multipliers by what is left outside T."""
-        sizes = {name: layer.weight.abs() for name, layer in layers.items()}
-        loss, steps, rate = (model.get_buffer(name) for name in (LOSS, STEPS, RATE))
-        if not bool(rate):
-            mean = torch.cat([size.flatten() for size in sizes.values()]).mean()
-            rate.copy_(self.rho * loss / steps.clamp_min(1) / mean.square().clamp_min(1e-30))
-        loss.zero_()
-        steps.zero_()
-        outside = {name: size * ~layers[name].get_buffer(KEPT) for name, size in sizes.items()}
+        inside = {name: layer.get_buffer(KEPT) for name, layer in layers.items()}
+        outside = {name: layer.weight.abs() * ~inside[name] for name, layer in layers.items()}
         if self.multipliers != "weight":
-            sums = {name: (v.sum(), (~layers[name].get_buffer(KEPT)).sum()) for name, v in outside.items()}
+            sums = {name: (v.sum(), (~inside[name]).sum()) for name, v in outside.items()}
             if self.multipliers == "global":
                 total, count = (torch.stack([pair[i] for pair in sums.values()]).sum() for i in (0, 1))
                 sums = dict.fromkeys(sums, (total, count))
             outside = {name: total / count.clamp_min(1) for name, (total, count) in sums.items()}
         for name, violation in outside.items():
-            layers[name].get_buffer(MULTIPLIER).add_(rate * violation)
+            layers[name].get_buffer(MULTIPLIER).add_(self.rho * violation)
 
     def _selection(self) -> Selection:
         return Selection(self.keep, "global", self.score, self.floor)

@@ -113,6 +113,9 @@ class Hydra:
             if _scored(layer) is not None:
                 parts: Any = layer.parametrizations["weight"]  # type: ignore[union-attr, index]
                 if len(parts) == 1:
+                    # A copy shares the class of what it was copied from, which torch would take the weight from.
+                    kind = type(layer)
+                    layer.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
                     parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
                 else:  # masks of an earlier compression stay
                     del parts[-1]

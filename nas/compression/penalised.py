@@ -16,13 +16,12 @@ class Penalty(Protocol):
     """A pull on the weights of a steered network, which carries all that it depends on as buffers.
 
     ``begin_epoch(model, epoch)`` moves multipliers and targets, once an epoch however often it is called.
-    ``penalty(model, loss) -> (term, metrics)``: what is added to the loss of a batch, which is given detached and of
-    which notes may be taken in buffers.
+    ``penalty(model) -> (term, metrics)``: what is added to the loss of a batch.
     """
 
     def begin_epoch(self, model: nn.Module, epoch: int) -> None: ...
 
-    def penalty(self, model: nn.Module, loss: Tensor) -> tuple[Tensor, Metrics]: ...
+    def penalty(self, model: nn.Module) -> tuple[Tensor, Metrics]: ...
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Penalised:
         """The penalised loss."""
         self.method.begin_epoch(model, state.epoch)
         loss, metrics = self.objective(model, batch, state)
-        penalty, more = self.method.penalty(model, loss.detach())
+        penalty, more = self.method.penalty(model)
         return loss + penalty, {**metrics, **more}
 
     def gradients(
@@ -48,7 +47,7 @@ class Penalised:
         """Gradients of the objective, in its own way, plus those of the penalty."""
         self.method.begin_epoch(model, state.epoch)
         loss, gradients, metrics = gradients_of(self.objective, model, batch, state, parameters)
-        penalty, more = self.method.penalty(model, loss)
+        penalty, more = self.method.penalty(model)
         if penalty.requires_grad:
             pulls = torch.autograd.grad(penalty, [*parameters], allow_unused=True)
             gradients = [
