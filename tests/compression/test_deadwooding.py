@@ -31,6 +31,7 @@ from nas.training.loop import Training, train
 from nas.training.pgd_at import PgdAt
 from nas.training.standard import Standard
 from nas.training.weight_perturbation import WeightPerturbation
+from runs.compress_part import Makers, compress_from
 from search_spaces.genotype import StageGenotype
 
 ATTACK = Pgd(ThreatModel("linf", 0.05), steps=1)
@@ -331,6 +332,16 @@ def test_the_recovery_is_its_formula(make):
     assert Deadwooding(0.3, attack=ATTACK, fgsm=False).recovery(PgdAt(ATTACK), parent).attack == ATTACK
     with pytest.raises(InputError, match="fgsm = false"):
         Deadwooding(0.3, attack=lambda *_, **__: None).recovery(PgdAt(ATTACK), parent)
+
+
+def test_another_method_of_fine_tuning_is_not_silently_left_out():
+    table = {"name": "deadwooding", "fine_tune": {"method": {"name": "pgd_at"}}}
+    makers = Makers(lambda: ATTACK, lambda *_: PgdAt(ATTACK))
+    with pytest.raises(InputError, match="distil = false"):
+        compress_from(table, Training(), "compress", makers)
+    (step,) = compress_from({**table, "distil": False}, Training(), "compress", makers).steps
+    assert step.objective == PgdAt(ATTACK) and step.method.attack == ATTACK
+    assert step.method.recovery(step.objective, nn.Identity()) == step.objective
 
 
 def test_the_parent_is_frozen_in_eval_mode_and_left_as_it_is(kind, make):
