@@ -119,4 +119,8 @@ def _step(table: object, training: Training, where: str, makers: Makers, shared:
     method = construct(cls, entries, where, ("name", "fine_tune"), **given)
     optimiser = dataclasses.replace(training.optimiser, learning_rate=tuning.learning_rate)
     objective = None if method_table is None else makers.objective(method_table, f"{where}.fine_tune.method")
+    if objective is not None and getattr(method, "distil", False):
+        raise InputError(
+            f"{where}.fine_tune.method: '{name}' fine-tunes by a distillation of its own; distil = false allows another"
+        )
     return Step(name, method, dataclasses.replace(training, optimiser=optimiser), tuning.epochs, objective)

@@ -17,7 +17,7 @@ from nas.attacks.pgd import Pgd
 from nas.compression.dataflow import example_images, trace
 from nas.compression.generalised_separable import GeneralisedSeparableConv2d
 from nas.compression.layers import deployed_layers, exchanged, kept_dense
-from nas.compression.magnitude import Mask
+from nas.compression.masks import Mask
 from nas.compression.packing import pack, unpack
 from nas.compression.plan import LayerPlan, Plan
 from nas.errors import InputError

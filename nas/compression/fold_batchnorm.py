@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from nas.compression.dataflow import DataFlow, Step, example_images, trace
 from nas.compression.layers import deployed_layers, exchanged
-from nas.compression.magnitude import Mask
+from nas.compression.masks import Mask
 from nas.compression.plan import LayerPlan, Plan
 from nas.errors import InputError
 from nas.objective import Setting

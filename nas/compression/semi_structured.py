@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from nas.compression.layers import deployed_layers, kept_dense
-from nas.compression.magnitude import Mask
+from nas.compression.masks import Mask
 from nas.compression.packing import pack, unpack
 from nas.compression.plan import LayerPlan, Plan
 from nas.errors import InputError

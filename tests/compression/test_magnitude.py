@@ -3,6 +3,7 @@
 import base64
 import copy
 import json
+import math
 import random
 import zlib
 
@@ -72,6 +73,48 @@ def test_the_share_is_exact_and_the_largest_weights_stay(keep, kind, make):
     chosen = torch.cat([mask.flatten() for mask in masks.values()]).bool()
     if kept < total:
         assert float(weights[chosen].min()) >= float(weights[~chosen].max()), "one threshold for the network"
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5, 0.1])
+def test_layers_may_keep_the_same_share_each(keep, kind, make):
+    _, model = make(kind)
+    pruned = MagnitudePruning(keep, "layer").plan(model).apply(model)
+    for name, mask in _masks(pruned).items():
+        weight = _layers(model)[name].weight.detach().abs()
+        assert int(mask.sum()) == math.ceil(keep * mask.numel() - 1e-6)
+        if keep < 1:
+            assert float(weight[mask == 1].min()) >= float(weight[mask == 0].max())
+
+
+@pytest.mark.parametrize("options", [{"score": "lamp"}, {"score": "normalised"}, {"floor": 0.2}], ids=str)
+def test_other_rankings_and_a_floor_move_weights_between_layers(options, kind, make):
+    _, model = make(kind)
+    with torch.no_grad():  # a layer that one threshold would leave nothing of
+        small = next(name for name in _masks(MagnitudePruning().plan(model).apply(model)))
+        _layers(model)[small].weight.mul_(1e-3)
+    default, other = (_masks(method.plan(model).apply(model)) for method in
+                      (MagnitudePruning(0.3), MagnitudePruning(0.3, **options)))  # fmt: skip
+    assert sum(int(mask.sum()) for mask in other.values()) == sum(int(mask.sum()) for mask in default.values())
+    assert not bool(default[small].any())
+    assert int(other[small].sum()) >= max(1, options.get("floor", 0) * other[small].numel())
+
+
+def test_steps_of_it_prune_gradually(make):
+    """What is masked stays so, and the share is always of all weights: s_t = s (1 - (1 - t/T)^3) by hand."""
+    _, model = make("plain")
+    network, chance = model, torch.Generator().manual_seed(0)
+    for step in range(1, 5):
+        keep = 1 - 0.9 * (1 - (1 - step / 4) ** 3)
+        before = _masks(network)
+        network = MagnitudePruning(keep).plan(network).apply(network)
+        masks = _masks(network)
+        assert sum(int(mask.sum()) for mask in masks.values()) == round(keep * sum(m.numel() for m in masks.values()))
+        assert all(bool((masks[name] <= mask).all()) for name, mask in before.items())
+        with torch.no_grad():  # fine-tuning between the steps
+            for layer in _layers(network).values():
+                weight = layer.parametrizations.weight.original if parametrize.is_parametrized(layer) else layer.weight
+                weight.add_(torch.randn(weight.shape, generator=chance) * 0.1)
+    assert keep == pytest.approx(0.1)
 
 
 def test_ties_are_decided_so_that_the_share_stays_exact(make):
