@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.utils.benchmark import Timer
 
 from nas.compression.condition_number import CONDITION_TERMS, SPARSITY_TERMS, condition_number, rank
 from nas.compression.layers import Layer, deployed_layers, exchanged, kept_dense
@@ -412,6 +411,9 @@ def _remember(seen: dict[str, Tensor], name: str, module: nn.Module, inputs: tup
 
 
 def _seconds(layer: nn.Module, x: Tensor, repeats: int) -> float:
+    # Not above: this import looks for a CUDA toolkit, and warns on standard error where one is half there.
+    from torch.utils.benchmark import Timer
+
     threads = torch.get_num_threads()
     timer = Timer("layer(x)", globals={"layer": layer, "x": x}, num_threads=threads)
     with torch.no_grad():

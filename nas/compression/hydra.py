@@ -74,9 +74,8 @@ class Hydra:
 
     def plan(self, model: nn.Module, setting: Setting | None = None) -> Plan:
         """The weights with the best scores of a steered network; the largest of each layer of any other."""
-        found = {name: _scored(layer) for name, layer in competing(model).items()}
-        scored = {name: scores.chosen() for name, scores in found.items() if scores is not None}
-        return plan_of("hydra", model, scored or self._selection()(weights_of(model)))
+        # A steered network computes with as many weights as are asked for: all others are zeros already.
+        return plan_of("hydra", model, self._selection()(weights_of(model)))
 
     @staticmethod
     def apply(plan: Plan, model: nn.Module, *, fit: bool = True) -> nn.Module:

@@ -14,6 +14,7 @@ from nas.attacks.pgd import Pgd
 from nas.compression.hydra import FROZEN, Hydra, Scored
 from nas.compression.layers import deployed_layers
 from nas.compression.magnitude import MagnitudePruning
+from nas.compression.masks import weights_of
 from nas.compression.plan import Plan, Recovers, Steers, plan_for
 from nas.data.digits import Digits
 from nas.data.image_data import ImageData
@@ -127,6 +128,8 @@ def test_only_scores_and_normalisation_train(kind, make):
         trains = name.endswith(".scores") or name.rpartition(".")[0] in norms
         assert moved == trains, name
     chosen = {name: scored.chosen() for name, scored in _scores(steered).items()}
+    planned = {name: weight != 0 for name, weight in weights_of(method.plan(steered).apply(model)).items()}
+    assert all(torch.equal(mask, planned[name]) for name, mask in chosen.items())
     magnitude = {name: scored.chosen() for name, scored in _scores(method.steered(model)).items()}
     assert any(not torch.equal(mask, magnitude[name]) for name, mask in chosen.items()), "other weights are found"
     released = method.released(steered)

@@ -13,7 +13,8 @@ from nas.attacks.autoattack import AutoAttack
 from nas.attacks.fgsm import Fgsm
 from nas.attacks.gradient import input_gradient
 from nas.attacks.pgd import Pgd
-from nas.compression.magnitude import MagnitudePruning, Mask
+from nas.compression.magnitude import MagnitudePruning
+from nas.compression.masks import Mask
 from nas.compression.plan import plan_for
 from nas.defences.noise import ImageNoise, LayerNoise, NoiseEnsemble
 from nas.defences.particles import Particles

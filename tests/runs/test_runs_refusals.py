@@ -346,7 +346,7 @@ def test_run_that_cannot_be_locked(run_copy: Path) -> None:
         ("compress RUN --method magnitud", ["did you mean 'magnitude'?"]),
         ("compress RUN --set keep=0", ["keep", "above 0"]),
         ("compress RUN --set kep=0.5", ["'kep'", "did you mean 'keep'?"]),
-        ("compress RUN --epochs 0", ["epochs", "at least 1"]),
+        ("compress RUN --epochs -1", ["epochs", "at least 0"]),
         ("compress RUN --model serched", ["did you mean 'searched'?"]),
         ("compress RUN --out /proc/x", ["/proc/x", "cannot write"]),
         ("export RUN --to onx", ["'onx'"]),
