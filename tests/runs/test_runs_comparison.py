@@ -246,13 +246,17 @@ def test_compressed_networks_are_compared_with_those_they_were(tmp_path: Path, m
         "{name='at'}",
         f"{{name='half', network='at', compress={{steps=[{step}], fine_tune={{epochs=1}}}}}}",
         "{name='tenth', network='at', compress={name='magnitude', keep=0.1, fine_tune={epochs=0}}}",
+        "{name='none', network='at', compress={name='arlst', keep=0.1}}",
     ]
     options = settings(f"compare.contenders=[{', '.join(contenders)}]", "train.epochs=2", "compare.equal='nothing'")
     options += settings("compare.genotype.depths=[2]")
     outcome = nas("compare", comparison_recipe(tmp_path), "--out", "run", *options)
     assert outcome.status == 0, outcome.err
     results = results_of(Path("run"))
-    at, half, tenth = results["contenders"]
+    at, half, tenth, none = results["contenders"]
+    # A method that finds nothing to do on the network says so, and the others go on.
+    reason = none["runs"][0]["failed"]
+    assert "classifier" in reason and reason in (Path("run") / "table.md").read_text()
     assert (at["epochs"], half["epochs"], tenth["epochs"]) == (2, 3, 2)
     assert at["nonzero"]["mean"] > half["nonzero"]["mean"] > tenth["nonzero"]["mean"]
     assert at["bytes"]["mean"] > half["bytes"]["mean"] > tenth["bytes"]["mean"]
@@ -264,7 +268,7 @@ def test_compressed_networks_are_compared_with_those_they_were(tmp_path: Path, m
     lines = (Path("run") / "table.md").read_text().splitlines()
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     column = table[0].index("speed, 1 image")
-    assert [row[column] for row in table[2:]] == ["1.00 x", "0.75 x", "0.50 x"]
+    assert [row[column] for row in table[2:]] == ["1.00 x", "0.75 x", "0.50 x", "–"]
     assert "speed, 1 image" in nas("compare", "--resume", "run").out
     assert "say whose networks" in nas(
         "compare", comparison_recipe(tmp_path), *settings(f"compare.contenders=[{{name='a', compress={step}}}]")

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_runs import NAS, differences, settings, small_recipe
+from tiny_runs import NAS, differences, record, settings, small_recipe
 
 LONGER = settings(
     "search.stages.1.until=12",
@@ -145,3 +145,36 @@ def test_the_number_of_workers_does_not_change_the_results(tmp_path: Path) -> No
     one, other = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("1", "3"))
     assert one["recipe"].pop("workers") == 1 and other["recipe"].pop("workers") == 3
     assert one == other
+
+
+def test_compression_killed_five_times(tmp_path: Path) -> None:
+    """Steering, plan, fine-tuning, the next method, the attack: each may be interrupted."""
+    run = tmp_path / "run"
+    finish(start(tmp_path, "run", small_recipe(tmp_path), "--out", run), tmp_path)
+
+    def begin(out: Path) -> subprocess.Popen[str]:
+        steering = settings("cstar.epochs=60", "cstar.keep=0.5", "magnitude.keep=0.5")
+        return start(tmp_path, "compress", run, "--method", "cstar,magnitude", *steering, "--epochs", 40, "--out", out)
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    before = time.monotonic()
+    finish(begin(whole), tmp_path)
+    seconds = time.monotonic() - before
+    draw, kills = random.Random(1), 0
+    while kills < KILLS:
+        process = begin(killed)
+        try:
+            process.wait(timeout=draw.uniform(0.3, 0.6) * seconds)
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    assert kills >= 2, (tmp_path / "log.txt").read_text()
+    if not (killed / "result.json").exists():
+        finish(begin(killed), tmp_path)
+    one, other = record(killed), record(whole)
+    # A result names its folder.
+    results = [json.loads(files.pop("result.json")) | {"name": ""} for files in (one, other)]
+    assert results[0] == results[1]
+    assert one == other and "model.safetensors" in one and "1-cstar/model.safetensors" in one
