@@ -24,9 +24,24 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-INK, GRID, FRAME = "#fe0001", "#fe0002", "#fe0003"
-SERIES = tuple(f"#fe01{index:02x}" for index in range(6))
+
+@dataclass(frozen=True)
+class Palette:
+    """Colours of text, grid lines, frames, and of up to six series."""
+
+    ink: str
+    grid: str
+    frame: str
+    series: tuple[str, ...]
+
+
+PAGE = Palette("#fe0001", "#fe0002", "#fe0003", tuple(f"#fe01{index:02x}" for index in range(6)))
 """Stand-ins for the colours of the page, which only the reader's light or dark scheme decides."""
+
+PAPER = Palette("#1b2026", "#e4e9ee", "#59636e", ("#1a62ad", "#b35000", "#1d7339", "#7d3ab0", "#7b8691", "#b3265e"))
+"""The colours of the page in its light scheme, for pictures in files."""
+
+INK, GRID, FRAME, SERIES = PAGE.ink, PAGE.grid, PAGE.frame, PAGE.series
 
 _PAGE_COLOURS = {
     INK: "currentColor",
@@ -35,28 +50,6 @@ _PAGE_COLOURS = {
     **{colour: f"var(--series-{index + 1})" for index, colour in enumerate(SERIES)},
 }
 _DASHES: tuple[Literal["solid", "dashed", "dashdot", "dotted"], ...] = ("solid", "dashed", "dashdot", "dotted")
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    # A dollar sign in a name is a dollar sign.
-    "text.parse_math": False,
-    "svg.hashsalt": "report",
-    "font.size": 10.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": FRAME,
-    "axes.labelcolor": INK,
-    "xtick.color": FRAME,
-    "ytick.color": FRAME,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "text.color": INK,
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-}
 
 
 @dataclass(frozen=True)
@@ -107,7 +100,7 @@ def curves(
     series = [one for one in series if one.points]
     if not series:
         return ""
-    with _style():
+    with style(PAGE):
         figure = Figure(figsize=(4.3, 2.9), layout="constrained")
         axes = figure.add_subplot()
         handles: dict[str, Line2D] = {}
@@ -136,7 +129,7 @@ def curves(
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if unit == "number" else 0.0, top=top)
         _legend(figure, list(handles.values()), list(handles))
-        return _inline(figure, f"{title}. {_in_words(series, unit, axis)}")
+        return svg_element(figure, f"{title}. {_in_words(series, unit, axis)}")
 
 
 def intervals(title: str, rows: Sequence[Interval]) -> str:
@@ -144,7 +137,7 @@ def intervals(title: str, rows: Sequence[Interval]) -> str:
     rows = [row for row in rows if row.worst_case is not None or row.natural is not None]
     if not rows:
         return ""
-    with _style():
+    with style(PAGE):
         figure = Figure(figsize=(4.8, 0.9 + 0.27 * len(rows)), layout="constrained")
         axes = figure.add_subplot()
         for place, row in enumerate(rows):
@@ -173,7 +166,7 @@ def intervals(title: str, rows: Sequence[Interval]) -> str:
             f"{row.name}: worst case {'unknown' if row.worst_case is None else f'{100 * row.worst_case:.1f}%'}"
             for row in rows
         )
-        return _inline(figure, f"{title}. {words}")
+        return svg_element(figure, f"{title}. {words}")
 
 
 def _stage_numbers(axes: Axes, boundaries: Sequence[float]) -> None:
@@ -215,15 +208,37 @@ def _in_words(series: Sequence[Series], unit: str, axis: str = "epoch") -> str:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
-    """matplotlib's own defaults and ``_STYLE`` while the context lasts, whatever the user's matplotlibrc says."""
+def style(palette: Palette) -> Iterator[None]:
+    """matplotlib's own defaults and this project's settings while the context lasts, whatever a matplotlibrc says."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
+        settings: dict[Any, Any] = {
+            "svg.fonttype": "none",
+            # A dollar sign in a name is a dollar sign.
+            "text.parse_math": False,
+            "svg.hashsalt": "report",
+            "font.size": 10.0,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.edgecolor": palette.frame,
+            "axes.labelcolor": palette.ink,
+            "xtick.color": palette.frame,
+            "ytick.color": palette.frame,
+            "xtick.labelcolor": palette.ink,
+            "ytick.labelcolor": palette.ink,
+            "text.color": palette.ink,
+            "grid.color": palette.grid,
+            "grid.linewidth": 0.7,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "legend.frameon": False,
+            "lines.linewidth": 1.6,
+        }
+        matplotlib.rcParams.update(settings)
         yield
 
 
-def _inline(figure: Figure, description: str) -> str:
+def svg_element(figure: Figure, description: str) -> str:
     """The figure as an SVG element to stand inside a page, without all that would reach beyond it."""
     stream = io.StringIO()
     FigureCanvasSVG(figure)
