@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nas.report.doubts import guessing, listed, masking
+
 Data = Mapping[str, Any]
 
 
@@ -33,8 +35,8 @@ def comparison_verdict(results: Data) -> list[str]:
             ]
             if group:
                 verb = "is" if len(group) == 1 else "are"
-                lines.append(f"{_listed(group)} {verb} {outcome} {reference['name']}.")
-    return lines + _doubts(contenders)
+                lines.append(f"{listed(group)} {verb} {outcome} {reference['name']}.")
+    return lines + _doubts(results)
 
 
 def _outcome(one: Data, other: Data) -> str:
@@ -55,21 +57,19 @@ def _against(one: Data, other: Data) -> str:
     return f"{one['name']} ({points:+.1f} points, natural {natural:+.1f})"
 
 
-def _doubts(contenders: list[Data]) -> list[str]:
-    lines = []
-    masked = [
-        f"{contender['name']} ({', '.join(contender['masking']['checks'])})"
-        for contender in contenders
-        if (contender.get("masking") or {}).get("verdict") == "fail"
-    ]
-    if masked:
-        lines.append(f"Masking checks failed, robust accuracy may be overstated: {'; '.join(masked)}.")
+def _doubts(results: Data) -> list[str]:
+    contenders = results["contenders"]
+    natural = {c["name"]: c["natural"]["mean"] for c in contenders if c.get("natural") is not None}
+    lines = guessing(natural, results["data"]["test"], len(results["data"]["classes"]))
+    failed = {c["name"]: c["masking"] for c in contenders if (c.get("masking") or {}).get("verdict") == "fail"}
+    lines += masking({name: [*found["checks"]] for name, found in failed.items()})
+    reasons: dict[str, list[str]] = {}
     for contender in contenders:
-        failed = [run for run in contender["runs"] if "failed" in run]
-        if failed:
-            lines.append(
-                f"{contender['name']} failed in {len(failed)} of {len(contender['runs'])} seeds: {failed[0]['failed']}."
-            )
+        runs = [run for run in contender["runs"] if "failed" in run]
+        if runs:
+            told = f"failed in {len(runs)} of {len(contender['runs'])} seeds: {runs[0]['failed'].removesuffix('.')}."
+            reasons.setdefault(told, []).append(contender["name"])
+    lines += [f"{listed(names)} {told}" for told, names in reasons.items()]
     for contender in contenders:
         detection = contender.get("detection")
         if detection is not None:
@@ -80,10 +80,6 @@ def _doubts(contenders: list[Data]) -> list[str]:
                 + ("nothing was left to detect." if caught is None else f"{_percent(caught)} is detected.")
             )
     return lines
-
-
-def _listed(items: list[str]) -> str:
-    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
 
 
 def _percent(share: float) -> str:

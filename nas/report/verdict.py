@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nas.evaluation.interval import wilson
+from nas.report.doubts import guessing, masking
 
 Model = Mapping[str, Any]
 
@@ -37,7 +38,7 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
         _against_plain(searched, _first(models, "plain")),
         *(_compression(searched, model) for model in models if model.get("role") == "compressed"),
     ]
-    return lines + _doubts(models)
+    return lines + _doubts(results)
 
 
 def score(model: Model, which: str) -> Score | None:
@@ -106,18 +107,21 @@ def _natural(one: Model, other: Model) -> str:
     return f" Natural accuracy {_percent(mine.value)} against {_percent(theirs.value)}, {_difference(mine, theirs)}."
 
 
-def _doubts(models: Sequence[Model]) -> list[str]:
+def _doubts(results: Mapping[str, Any]) -> list[str]:
     """Reasons not to trust the numbers or the comparison."""
-    lines = []
-    suspects = []
-    for model in models:
-        failed = [str(check.get("name")) for check in model.get("checks") or () if check.get("verdict") == "fail"]
-        if failed:
-            suspects.append(f"{model.get('name', '?')} ({', '.join(failed)})")
-    if suspects:
-        lines.append(f"Masking checks failed, robust accuracy may be overstated: {'; '.join(suspects)}.")
+    models: Sequence[Model] = results.get("models") or ()
+    natural = {str(model.get("name", "?")): model["natural"] for model in models if model.get("natural") is not None}
+    counts = sorted({model["n"] for model in models if model.get("n")})
+    classes = (results.get("data") or {}).get("classes")
+    lines = guessing(natural, counts[0], len(classes)) if counts and classes else []
+    failed = {
+        str(model.get("name", "?")): [
+            str(check.get("name")) for check in model.get("checks") or () if check.get("verdict") == "fail"
+        ]
+        for model in models
+    }
+    lines += masking({name: checks for name, checks in failed.items() if checks})
     measured = [model for model in models if model.get("worst_case") is not None]
-    counts = sorted({model["n"] for model in measured if model.get("n")})
     if len(counts) > 1:
         lines.append(f"The models were measured on different numbers of images ({', '.join(map(str, counts))}).")
     if len({frozenset(model.get("attacks") or ()) for model in measured}) > 1:

@@ -431,7 +431,8 @@ def test_the_verdict_calls_noise_noise() -> None:
         # The means are far apart, but one seed is not.
         entry("uneven", [0.51, 0.95]),
     ]
-    lines = comparison_verdict({"contenders": contenders, "reference": "base"})
+    data = {"test": 360, "classes": ["0", "1", "2"]}
+    lines = comparison_verdict({"contenders": contenders, "reference": "base", "data": data})
     assert lines[0] == "Reference: base, worst case 51.0%."
     assert lines[1].startswith("better (+20.0 points, natural +0.0) is more robust than base")
     assert lines[2].startswith("worse (-20.5 points") and "less robust" in lines[2]

@@ -1,0 +1,38 @@
+"""Reasons not to believe accuracies, in plain lines, the same for a run and a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from nas.evaluation.interval import wilson
+
+
+def guessing(natural: Mapping[str, float], n: int, classes: int) -> list[str]:
+    """A line on networks that are right on natural images no more often than guessing is.
+
+    natural: accuracy by name on ``n`` test images. Such a network, trained with too large a learning rate or too much
+    perturbation for its data, often answers with one class whatever it sees, which no attack can change.
+    """
+    poor = [name for name, share in natural.items() if n and wilson(round(share * n), n)[0] <= 1 / classes]
+    if not poor:
+        return []
+    return [
+        f"No better than guessing among {classes} classes: {listed(poor)}. Nothing follows from "
+        f"{'it' if len(poor) == 1 else 'them'}: lower the learning rate or epsilon, train longer, or take more images."
+    ]
+
+
+def masking(failed: Mapping[str, Sequence[str]]) -> list[str]:
+    """A line on networks whose masking checks failed; failed: their names, for each of these networks."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, checks in failed.items():
+        groups.setdefault(tuple(checks), []).append(name)
+    if not groups:
+        return []
+    told = "; ".join(f"{listed(names)} ({', '.join(checks)})" for checks, names in groups.items())
+    return [f"Masking checks failed, robust accuracy may be overstated: {told}."]
+
+
+def listed(items: Sequence[str]) -> str:
+    """ "a, b and c" """
+    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]

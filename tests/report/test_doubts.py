@@ -1,0 +1,27 @@
+"""Lines that say which numbers not to believe."""
+
+from __future__ import annotations
+
+from nas.report.doubts import guessing, listed, masking
+
+
+def test_who_only_guesses_is_named_and_who_knows_something_is_not() -> None:
+    # 10 classes, 300 images: 36 right are within chance of guessing, 60 are not.
+    (line,) = guessing({"constant": 0.103, "poor": 0.12, "learns": 0.2, "good": 0.9}, 300, 10)
+    assert line.startswith("No better than guessing among 10 classes: constant and poor.")
+    assert "learning rate" in line
+    # With fewer images 20 % are no evidence any more.
+    assert "learns" in guessing({"learns": 0.2}, 20, 10)[0]
+    assert guessing({"good": 0.9}, 300, 10) == [] == guessing({}, 300, 10)
+    # Below chance is no knowledge either.
+    assert "worse" in guessing({"worse": 0.0}, 300, 10)[0]
+
+
+def test_networks_that_failed_the_same_checks_stand_together() -> None:
+    (line,) = masking({"a": ["steps"], "b": ["steps", "noise"], "c": ["steps"]})
+    assert line.endswith("overstated: a and c (steps); b (steps, noise).")
+    assert masking({}) == []
+
+
+def test_lists_in_words() -> None:
+    assert [listed("a"), listed("ab"), listed("abc")] == ["a", "a and b", "a, b and c"]
