@@ -356,6 +356,7 @@ def _contender(run: RunDirectory, part: ComparePart, contender: Contender) -> di
         "name": contender.name,
         "network": contender.network,
         "method": plain(contender.train.objective),
+        **({} if contender.compress is None else {"compress": [step.name for step in contender.compress.steps]}),
         "epochs": epochs,
         "passes": {
             "forward": cost.forward,

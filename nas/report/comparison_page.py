@@ -40,6 +40,7 @@ def render(results: Data) -> str:
         rows=rows,
         legend=legend(results),
         picture=Markup(curves.intervals("Worst-case and natural accuracy", _intervals(results))),
+        compressed=_compressed(contenders),
         certified=_certified(contenders),
         detectors=[contender for contender in contenders if contender.get("detection")],
         checks=_checks(contenders),
@@ -73,6 +74,26 @@ def _intervals(results: Data) -> list[Interval]:
         for contender in results["contenders"]
         if contender.get("worst_case") is not None
     ]
+
+
+def _compressed(contenders: Sequence[Data]) -> dict[str, Any] | None:
+    """Robust accuracy against how many times smaller networks are stored, a line for each way of compression."""
+    dense = {c["name"]: c["bytes"]["mean"] for c in contenders if c.get("bytes")}
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for one in contenders:
+        if one.get("compress") and one.get("bytes") and one["network"] in dense:
+            factor = dense[one["network"]] / one["bytes"]["mean"]
+            lines.setdefault(", ".join(one["compress"]), []).append((factor, one["worst_case"]["mean"]))
+    if not lines:
+        return None
+    series = []
+    for index, (name, points) in enumerate(lines.items()):
+        factors, values = zip(*sorted(points), strict=True)
+        series.append(Series(name, factors, values, index, index // 6))
+    picture = curves.curves(
+        "Worst-case accuracy by compression", series, unit="share", axis="times smaller in bytes", doublings=True
+    )
+    return {"picture": Markup(picture), "count": sum("compress" in one for one in contenders)}
 
 
 def _certified(contenders: Sequence[Data]) -> dict[str, Any] | None:

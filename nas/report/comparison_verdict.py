@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nas.report.doubts import guessing, listed, masking
+from nas.report.doubts import MANY, guessing, listed, masking
 
 Data = Mapping[str, Any]
 
@@ -27,7 +27,7 @@ def comparison_verdict(results: Data) -> list[str]:
         lines.append(f"Reference: {reference['name']}, worst case {_percent(reference['worst_case']['mean'])}.")
         for outcome in ("more robust than", "less robust than", "not measurably more or less robust than"):
             group = [
-                _against(contender, reference)
+                contender
                 for contender in contenders
                 if contender is not reference
                 and contender.get("worst_case") is not None
@@ -35,7 +35,7 @@ def comparison_verdict(results: Data) -> list[str]:
             ]
             if group:
                 verb = "is" if len(group) == 1 else "are"
-                lines.append(f"{listed(group)} {verb} {outcome} {reference['name']}.")
+                lines.append(f"{_named(group, reference)} {verb} {outcome} {reference['name']}.")
     return lines + _doubts(results)
 
 
@@ -49,6 +49,15 @@ def _above(one: Data, other: Data) -> bool:
     """Whether ``one`` is more robust than ``other`` beyond noise."""
     values = [[run["worst_case"] for run in each["runs"] if "failed" not in run] for each in (one, other)]
     return bool(one["interval"][0] > other["interval"][1] and min(values[0]) > max(values[1]))
+
+
+def _named(group: list[Data], reference: Data) -> str:
+    """The contenders of a group with their distance from the reference; of many only the ends."""
+    if len(group) <= MANY:
+        return listed([_against(contender, reference) for contender in group])
+    ends = sorted(group, key=lambda contender: float(contender["worst_case"]["mean"]))
+    low, high = (_against(contender, reference) for contender in (ends[0], ends[-1]))
+    return f"{len(group)} contenders, from {low} to {high},"
 
 
 def _against(one: Data, other: Data) -> str:

@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,12 @@ def curves(
     boundaries: Sequence[float] = (),
     top: float | None = None,
     axis: str = "epoch",
+    doublings: bool = False,
 ) -> str:
     """Lines over epochs, or over what ``axis`` names, as inline SVG; "" if there is nothing to draw.
 
-    boundaries: epochs at which a new stage begins, marked by vertical lines;  top: end of the vertical axis.
+    boundaries: epochs at which a new stage begins, marked by vertical lines;  top: end of the vertical axis;
+    doublings: equal distances of ``axis`` for equal factors, where its values are factors.
     """
     series = [one for one in series if one.points]
     if not series:
@@ -121,10 +123,17 @@ def curves(
         # All epochs, also those without a value, so that the pictures of one search have the same axis.
         epochs = [epoch for one in series for epoch in one.epochs]
         margin = max(0.5 if axis == "epoch" else 0.0, 0.02 * (max(epochs) - min(epochs))) or 0.5
-        axes.set_xlim(min(epochs) - margin, max(epochs) + margin)
+        if doublings:
+            axes.set_xscale("log", base=2)
+            axes.set_xlim(min(epochs) / 1.1, max(epochs) * 1.1)
+        else:
+            axes.set_xlim(min(epochs) - margin, max(epochs) + margin)
         _stage_numbers(axes, boundaries)
         axes.set_xlabel(axis)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=axis == "epoch", nbins=8))
+        if doublings:
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=axis == "epoch", nbins=8))
         if unit == "share":
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if unit == "number" else 0.0, top=top)

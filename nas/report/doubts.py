@@ -33,6 +33,12 @@ def masking(failed: Mapping[str, Sequence[str]]) -> list[str]:
     return [f"Masking checks failed, robust accuracy may be overstated: {told}."]
 
 
+MANY = 6
+"""More names than these are not listed one by one."""
+
+
 def listed(items: Sequence[str]) -> str:
-    """ "a, b and c" """
+    """ "a, b and c"; of many, the first and how many others there are."""
+    if len(items) > MANY:
+        return f"{', '.join(items[: MANY // 2])} and {len(items) - MANY // 2} others"
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]

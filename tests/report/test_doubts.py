@@ -25,3 +25,4 @@ def test_networks_that_failed_the_same_checks_stand_together() -> None:
 
 def test_lists_in_words() -> None:
     assert [listed("a"), listed("ab"), listed("abc")] == ["a", "a and b", "a, b and c"]
+    assert listed("abcdef") == "a, b, c, d, e and f" and listed("abcdefg") == "a, b, c and 4 others"

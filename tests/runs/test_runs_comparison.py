@@ -270,6 +270,9 @@ def test_compressed_networks_are_compared_with_those_they_were(tmp_path: Path, m
     column = table[0].index("speed, 1 image")
     assert [row[column] for row in table[2:5]] == ["1.00 x", "0.75 x", "0.50 x"]
     assert "speed, 1 image" in nas("compare", "--resume", "run").out
+    assert [one.get("compress") for one in results["contenders"]] == [None, ["magnitude"], ["magnitude"], ["arlst"]]
+    page = (Path("run") / "report.html").read_text()
+    assert "One network trained 1 way and compressed 3 ways" in page and "Worst-case accuracy by compression" in page
     assert "say whose networks" in nas(
         "compare", comparison_recipe(tmp_path), *settings(f"compare.contenders=[{{name='a', compress={step}}}]")
     ).refusal  # fmt: skip
@@ -438,6 +441,10 @@ def test_the_verdict_calls_noise_noise() -> None:
     assert lines[2].startswith("worse (-20.5 points") and "less robust" in lines[2]
     assert "near (+6.0" in lines[3] and "uneven (+22.0" in lines[3] and "not measurably" in lines[3]
     assert lines[4] == "Masking checks failed, robust accuracy may be overstated: worse (steps)."
+    # Of many only the ends are named.
+    many = [entry("base", [0.5, 0.52]), *(entry(f"n{i}", [0.5 + i / 1000, 0.51]) for i in range(9))]
+    line = comparison_verdict({"contenders": many, "reference": "base", "data": data})[1]
+    assert line.startswith("9 contenders, from n0 (-0.5 points, natural +0.0) to n8 (-0.1 points")
 
 
 # --- stopped and resumed
