@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nas.errors import InputError, nearest
+from nas.errors import InputError
 from runs.show import error_console, models_table, next_commands, out_console, throughput_table
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
@@ -187,42 +187,80 @@ def attack(
 
 
 def export(
-    path: RunArgument,
+    what: Annotated[
+        str,
+        typer.Argument(metavar="WHAT", help="A run directory; or an architecture: a genotype file, a published name."),
+    ],
     to: Annotated[
-        str, typer.Option(help="Formats, separated by commas: json, safetensors, py.")
-    ] = "json,safetensors,py",
+        str | None,
+        typer.Option(help="Formats, separated by commas: json, safetensors, py, onnx, pt2, graphml, dot, svg."),
+    ] = None,
     model: Annotated[str, typer.Option(help="Network of the run.")] = "searched",
     out: Out = None,
+    channels: Annotated[int | None, typer.Option(min=1, help="Of an architecture: base channels.")] = None,
+    cells: Annotated[int | None, typer.Option(min=1, help="Of an architecture: number of cells.")] = None,
+    size: Annotated[int | None, typer.Option(min=8, help="Of an architecture: height and width of the image.")] = None,
+    image_channels: Annotated[int | None, typer.Option(min=1, help="Of an architecture: image channels.")] = None,
+    classes: Annotated[int | None, typer.Option(min=2, help="Of an architecture: number of classes.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Export a trained network of a run; every file is reloaded in a fresh process and compared."""
-    from nas.export.package import FORMATS, export_model
-    from nas.export.parity import check_exports
-    from nas.model_file import load_model
+    """Export a trained network of a run, or an architecture; every file is reloaded in a fresh process and compared."""
+    from nas.analysis.complexity import parameters_of
+    from nas.export.package import check_formats, export_model
+    from nas.export.parity import check_exports, export_architecture
+    from nas.model_file import ModelSpec, load_model
     from runs.directory import make_folder
     from runs.finished import network_folder, opened
     from runs.tasks import model_folder
+    from search_spaces.catalogue import load_genotype
 
-    formats = tuple(part.strip() for part in to.split(",") if part.strip())
-    for name in formats or ("",):
-        if name not in FORMATS:
-            raise InputError(f"unknown export format '{name}': {nearest(name, FORMATS)}")
-    with opened(path) as context:
-        spec, network = load_model(network_folder(model_folder(context.run, model), path, model))
-        folder = out or context.run.path / f"export-{model}"
+    trained, path = Path(what).is_dir(), Path(what)
+    given = to if to is not None else "json,safetensors,py" if trained else "json,py,svg"
+    formats = tuple(part.strip() for part in given.split(",") if part.strip())
+    check_formats(formats, trained=trained)
+    measures = {
+        "channels": channels,
+        "cells": cells,
+        "size": size,
+        "image-channels": image_channels,
+        "classes": classes,
+    }
+    if trained:
+        stated = [f"--{name}" for name, value in measures.items() if value is not None]
+        if stated:
+            raise InputError(
+                f"{stated[0]} is for an architecture without weights: the networks of a run have their size"
+            )
+        with opened(path) as context:
+            spec, network = load_model(network_folder(model_folder(context.run, model), path, model))
+            folder = out or context.run.path / f"export-{model}"
+            make_folder(folder)
+            export_model(spec, network, folder, formats)
+            rows = context.split.validation[:32]
+            inputs = context.data.x_train.cpu()[rows].float() / 255
+            files = check_exports(folder, spec, network, inputs)
+    else:
+        mean = (0.5,) * (image_channels or 3)
+        labels = tuple(str(i) for i in range(classes or 10))
+        genotype = load_genotype(what)
+        spec = ModelSpec(
+            genotype, channels or 64, cells or 20, (image_channels or 3, size or 32, size or 32), labels, mean, mean
+        )
+        folder = out or Path(f"export-{path.stem}")
+        try:
+            parameters_of(spec)
+        except ValueError as error:
+            raise InputError(f"{what}: {error}") from None
         make_folder(folder)
-        export_model(spec, network, folder, formats)
-        rows = context.split.validation[:32]
-        inputs = context.data.x_train.cpu()[rows].float() / 255
-        files = [dataclasses.asdict(file) for file in check_exports(folder, spec, network, inputs)]
+        files = export_architecture(spec, folder, formats)
     if as_json:
-        print(json.dumps(files))
+        print(json.dumps([dataclasses.asdict(file) for file in files]))
         return
     for file in files:
-        difference = (
-            "" if file["difference"] is None else f"  (reloaded, largest logit difference {file['difference']:.1e})"
-        )
-        out_console.print(f"{folder / file['file']}{difference}", highlight=False, markup=False)
+        difference = "" if file.difference is None else f"  (reloaded, largest logit difference {file.difference:.1e})"
+        out_console.print(f"{folder / file.file}{difference}", highlight=False, markup=False)
+    if not trained:
+        next_commands(["nas", "train", "cifar10", "--genotype", what])
 
 
 def report(path: RunArgument) -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import nn
 
-from nas.errors import InputError
+from nas.errors import InputError, nearest
+from nas.export.graph_files import write_dot, write_graphml, write_svg
 from nas.export.onnx_file import check_onnx_can_be_written, write_onnx
+from nas.export.program_file import write_program
 from nas.export.source import deployed_state, network_source
 from nas.model_file import ModelSpec, save_model
 from nas.tensor_file import write_bytes, write_text
@@ -32,10 +34,15 @@ class ExportedFile:
 
 @dataclass(frozen=True)
 class Format:
-    """One way to export a network: the files it consists of, what opens them first, and how it is written."""
+    """One way to export a network: the files it consists of, what opens them first, and how it is written.
+
+    weights: which of the files hold weights;  meaningful: whether the others say something without these.
+    """
 
     files: tuple[str, ...]
     write: Callable[[ModelSpec, nn.Module, Path], None]
+    weights: tuple[str, ...] = ()
+    meaningful: bool = True
 
 
 def export_model(spec: ModelSpec, model: nn.Module, folder: Path, formats: Sequence[str]) -> list[ExportedFile]:
@@ -43,9 +50,7 @@ def export_model(spec: ModelSpec, model: nn.Module, folder: Path, formats: Seque
 
     Raises ``InputError`` for an unknown format, or one that cannot hold the network, before anything is written.
     """
-    for name in formats:
-        if name not in FORMATS:
-            raise InputError(f"unknown export format '{name[:60]}'; known: {', '.join(FORMATS)}")
+    check_formats(formats)
     if "py" in formats:
         network_source(spec)  # refuses networks that it has no words for
     if "onnx" in formats:
@@ -56,6 +61,19 @@ def export_model(spec: ModelSpec, model: nn.Module, folder: Path, formats: Seque
         FORMATS[name].write(spec, model, folder)
         files += [ExportedFile(file, name) for file in FORMATS[name].files]
     return files
+
+
+def check_formats(formats: Sequence[str], *, trained: bool = True) -> None:
+    """Raise ``InputError`` for a format that is not known, or that is nothing without the weights of a training."""
+    for name in formats or ("",):
+        if name not in FORMATS:
+            raise InputError(f"unknown export format '{name[:60]}': {nearest(name, FORMATS)}")
+        if not trained and not FORMATS[name].meaningful:
+            known = ", ".join(name for name, entry in FORMATS.items() if entry.meaningful)
+            raise InputError(
+                f"'{name}' holds the weights of a training, which an architecture by itself has none of: train it (nas "
+                f"train), or export {known}"
+            )
 
 
 def _write_genotype(spec: ModelSpec, model: nn.Module, folder: Path) -> None:
@@ -71,8 +89,14 @@ def _write_source(spec: ModelSpec, model: nn.Module, folder: Path) -> None:
 
 FORMATS: dict[str, Format] = {
     "json": Format(("genotype.json",), _write_genotype),
-    "safetensors": Format(("model.json", "model.safetensors"), save_model),
-    "py": Format(("network.py", "network.safetensors"), _write_source),
-    "onnx": Format(("network.onnx",), write_onnx),
+    "safetensors": Format(
+        ("model.json", "model.safetensors"), save_model, weights=("model.safetensors",), meaningful=False
+    ),
+    "py": Format(("network.py", "network.safetensors"), _write_source, weights=("network.safetensors",)),
+    "onnx": Format(("network.onnx",), write_onnx, weights=("network.onnx",), meaningful=False),
+    "pt2": Format(("network.pt2",), write_program, weights=("network.pt2",), meaningful=False),
+    "graphml": Format(("architecture.graphml",), write_graphml),
+    "dot": Format(("architecture.dot",), write_dot),
+    "svg": Format(("architecture.svg",), write_svg),
 }
 """All export formats by name. The check of each is a function of reload.py."""

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from torch import Tensor, nn
 
 from nas.errors import Failure, InputError
 from nas.export import reload
-from nas.export.package import FORMATS, ExportedFile
+from nas.export.graph_files import edges_of, svg
+from nas.export.package import FORMATS, ExportedFile, check_formats, export_model
+from nas.export.reload import titles_of
 from nas.model_file import ModelSpec
 from nas.prediction import begin
+from nas.tensor_file import write_bytes
 
 TOLERANCE = 1e-5
 """Largest difference that counts as equal, for logits up to 10: exported code may sum in another order.
@@ -79,11 +83,34 @@ def check_exports(folder: Path, spec: ModelSpec, model: nn.Module, inputs: Tenso
     return checked
 
 
+def export_architecture(spec: ModelSpec, folder: Path, formats: Sequence[str]) -> list[ExportedFile]:
+    """Write what ``formats`` say of the network of ``spec`` by itself, without weights, to ``folder``.
+
+    The files are made, reloaded and compared with weights that were drawn, which then are left out.
+    """
+    check_formats(formats, trained=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model, inputs = spec.build().eval(), torch.rand(2, *spec.input_shape)
+        export_model(spec, model, Path(scratch), formats)
+        checked = check_exports(Path(scratch), spec, model, inputs)
+        weights = {file for entry in FORMATS.values() for file in entry.weights}
+        kept = [file for file in checked if file.file not in weights]
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in kept:
+            write_bytes(Path(scratch, file.file).read_bytes(), folder / file.file)
+    return kept
+
+
 def _plain(spec: ModelSpec) -> dict[str, Any]:
     """By format, the plain values that a reloaded export must report."""
     plain = {
         "py": spec.classes,
         "onnx": spec.classes,
+        "pt2": spec.classes,
+        **dict.fromkeys(("graphml", "dot"), edges_of(spec.genotype)),
+        "svg": titles_of(svg(spec.genotype)),
         "json": spec.genotype.to_data(),
         "safetensors": spec.to_data(),
     }

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import torch
 from torch import Tensor
@@ -65,7 +67,57 @@ def reload_onnx(folder: Path, inputs: Tensor) -> Reloaded:
     return json.loads(session.get_modelmeta().custom_metadata_map["classes"]), together
 
 
-ALONE: dict[str, Callable[[Path, Tensor], Reloaded]] = {"py": reload_py, "onnx": reload_onnx}
+def reload_pt2(folder: Path, inputs: Tensor) -> Reloaded:
+    """network.pt2 by torch alone: its classes and logits, one image at a time and all together."""
+    extra = {"classes.json": ""}
+    network = torch.export.load(folder / "network.pt2", extra_files=extra).module()
+    together = network(inputs)
+    alone = torch.cat([network(image[None]) for image in inputs[:2]])
+    if (alone - together[:2]).abs().max() > 1e-4 * max(1.0, float(together.abs().max())):
+        raise RuntimeError("an image has other logits alone than among others")
+    return json.loads(extra["classes.json"]), together
+
+
+def reload_graphml(folder: Path, inputs: Tensor) -> Reloaded:
+    """architecture.graphml by networkx: its edges."""
+    del inputs
+    import networkx as nx
+
+    edges = nx.read_graphml(folder / "architecture.graphml", force_multigraph=True).edges(data="operation")
+    return sorted([source, target, name] for source, target, name in edges), None
+
+
+def reload_dot(folder: Path, inputs: Tensor) -> Reloaded:
+    """architecture.dot: its edges."""
+    del inputs
+    text = r'"((?:[^"\\]|\\.)*)"'
+    lines = re.findall(rf"^  {text} -> {text} \[label={text}\];$", _text(folder / "architecture.dot"), re.MULTILINE)
+    return sorted([re.sub(r"\\(.)", r"\1", part) for part in edge] for edge in lines), None
+
+
+def reload_svg(folder: Path, inputs: Tensor) -> Reloaded:
+    """architecture.svg: the titles of all it shows."""
+    del inputs
+    return titles_of(_text(folder / "architecture.svg")), None
+
+
+def titles_of(svg: str) -> list[str]:
+    """What the title elements of a picture say, in their order. Raises where it is not XML."""
+    return [element.text or "" for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("}title")]
+
+
+def _text(path: Path) -> str:
+    return path.read_bytes().decode("utf-8")
+
+
+ALONE: dict[str, Callable[[Path, Tensor], Reloaded]] = {
+    "py": reload_py,
+    "onnx": reload_onnx,
+    "pt2": reload_pt2,
+    "graphml": reload_graphml,
+    "dot": reload_dot,
+    "svg": reload_svg,
+}
 """Formats that must work where this project is not installed. They are reloaded first."""
 
 WITH_PACKAGE: dict[str, Callable[[Path, Tensor], Reloaded]] = {

@@ -27,7 +27,9 @@ def test_every_format_writes_its_files_and_nothing_else(arnas, tmp_path):
 
 
 def test_unknown_format_is_refused_before_anything_is_written(arnas, tmp_path):
-    with pytest.raises(InputError, match="unknown export format 'pickle'; known: json, safetensors, py, onnx"):
+    with pytest.raises(
+        InputError, match="unknown export format 'pickle': known: dot, graphml, json, onnx, pt2"
+    ):
         export_model(arnas.spec, arnas.model, tmp_path / "export", ["json", "pickle"])
     assert not (tmp_path / "export").exists()
 
@@ -39,11 +41,12 @@ def test_fresh_process_gives_the_same_logits(pruned, tmp_path):
     assert model.training
     assert [(file.file, file.format) for file in checked] == [(file.file, file.format) for file in files]
     for file in checked:
-        assert file.difference is None if file.format == "json" else file.difference <= 1e-5
+        whole = file.format not in ("json", "graphml", "dot", "svg")
+        assert file.difference is None if not whole else file.difference <= 1e-5
 
 
 def test_altered_weight_is_found(arnas, tmp_path):
-    export_model(arnas.spec, arnas.model, tmp_path, list(FORMATS))
+    export_model(arnas.spec, arnas.model, tmp_path, ["json", "py"])
     weights = load_file(tmp_path / "network.safetensors")
     weights["cells.4.dil_conv_3x3_4_to_5.pointwise.weight"][0, 0] += 0.01
     save_file(weights, tmp_path / "network.safetensors")
