@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from nas.errors import InputError
@@ -29,6 +29,7 @@ from nas.tensor_file import write_bytes
 Draw = Callable[[Figure, Palette, "Studied"], str]
 
 FORMATS = ("svg", "png")
+PERCENT = FuncFormatter(lambda value, _: f"{round(100 * value, 2):g}%")
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def heat_maps(figure: Figure, palette: Palette, studied: Studied) -> str:
             f"{title}: highest {100 * grid.robust[place]:.1f}% at {grid.rows[place[0]]:.0f} blocks and width "
             f"{columns[place[1]]}"
         )
-    bar = figure.colorbar(mesh, ax=figure.axes, shrink=0.9, pad=0.02, format=PercentFormatter(1.0))
+    bar = figure.colorbar(mesh, ax=figure.axes, shrink=0.9, pad=0.02, format=PERCENT)
     bar.set_label("worst-case accuracy")
     bar.outline.set_visible(False)  # type: ignore[operator]
     return "Robustness by width and depth. " + "; ".join(words)
@@ -171,7 +172,7 @@ def _contours(axes: Axes, grid: _Grid) -> None:
     lines = axes.contour(grid.size, levels=levels, colors="white", linewidths=1.2)
     lines.set_path_effects([withStroke(linewidth=2.4, foreground="black")])
     for label in axes.clabel(lines, fmt=lambda value: _count(10**value), fontsize=8):
-        label.set_path_effects([withStroke(linewidth=2, foreground="black")])
+        label.set_bbox({"facecolor": "black", "alpha": 0.6, "edgecolor": "none", "pad": 1.0})
 
 
 def _thinned(axes: Axes, columns: int, rows: int) -> None:
@@ -212,9 +213,9 @@ def pareto(figure: Figure, palette: Palette, studied: Studied) -> str:
             zorder=3,
         )
         axes.set_xlabel(name)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.yaxis.set_major_formatter(PERCENT)
         if more:
-            axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+            axes.xaxis.set_major_formatter(PERCENT)
         else:
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -271,7 +272,7 @@ def stage_capacity(figure: Figure, palette: Palette, studied: Studied) -> str:
         axes.set_xticks(stages, [f"stage {i + 1}" for i in stages])
         axes.set_title(title, fontsize=10)
         axes.set_ylim(bottom=0.0)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.yaxis.set_major_formatter(PERCENT)
         axes.grid(False, axis="x")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return "Where capacity lies. " + "; ".join(words)
