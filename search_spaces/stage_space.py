@@ -32,6 +32,7 @@ class StageNetwork(Protocol):
 class StageSpace:
     """A family of networks by depth and width of each stage, of at most ``stages`` stages (0: any number).
 
+    Layers of a stage after its first are alike (nas.analysis.complexity counts on it).
     options: a frozen dataclass whose fields, their types and defaults are the options of a genotype; it may refuse
     values by ``GenotypeError``. The network reads them by ``options_of``. None: the space has no options.
     """
