@@ -200,7 +200,7 @@ class ResidualNetwork(nn.Module):
 def wide(
     depths: Sequence[int], factors: Sequence[float], base: Sequence[int] = (16, 32, 64), **options: Option
 ) -> StageGenotype:
-    """The network of ``depths[i]`` blocks a stage, widened: widths are ``factors[i] * base[i]``, to the nearest channel.
+    """The network of ``depths[i]`` blocks of ``factors[i] * base[i]`` channels, rounded, in stage i.
 
     WRN-d-k has depths of (d - 4) / 6 and factors of k; options as in ``ResidualOptions``.
     """
