@@ -30,8 +30,8 @@ class ModelSpec:
 
     input_shape: (C, H, W);  classes: names;  mean, std: per channel, in pixels of [0, 1];
     plans: compressions in the order they were applied. channels and cells have no meaning where the genotype
-    itself holds the size (space "plain"). prediction: how it predicts, None for one pass of one network.
-    activation: what stands in the place of the activations of its space, None for these.
+    itself holds the size (space "plain"), cells has none where its layout has depths. prediction: how it predicts, None
+    for one pass of one network. activation: what stands in the place of the activations of its space, None for these.
     """
 
     genotype: AnyGenotype

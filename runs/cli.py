@@ -11,7 +11,15 @@ import typer
 
 from nas.errors import Failure, InputError, nearest
 from runs.cli_finished import attack, compress, export, report
-from runs.show import comparison_table, error_console, models_table, next_commands, out_console, topology_table
+from runs.show import (
+    comparison_table,
+    error_console,
+    models_table,
+    next_commands,
+    out_console,
+    stages_table,
+    topology_table,
+)
 from search_spaces.genotype import AnyGenotype, Genotype, GenotypeError
 
 app = typer.Typer(
@@ -291,16 +299,22 @@ def analyse(
                     draw_cell(cell, f"{Path(name).stem}: {kind} cell"), pictures / f"{Path(name).stem}-{kind}.svg"
                 )
         if not as_json:
+            chosen = ""
+            if isinstance(genotype, Genotype):
+                chosen = f"{channels} channels, {genotype.layout.count(cells)} cells, "
             out_console.print(
                 f"{name} ({genotype.digest}): {cost.parameters:,} parameters, {cost.macs / 1e6:,.1f} M MACs at "
-                f"{channels} channels, {cells} cells, {image_channels}x{size}x{size}",
+                f"{chosen}{image_channels}x{size}x{size}",
                 highlight=False,
                 markup=False,
             )
-            topology_table(cell_data)
+            if isinstance(genotype, Genotype):
+                topology_table(cell_data)
+            else:
+                stages_table(genotype, cost.to_data()["sections"])
     if as_json:
         print(json.dumps(results))
-    elif pictures is None:
+    elif pictures is None and any(result["topology"] for result in results):
         next_commands(["nas", "analyse", what, "--pictures", "pictures"])
 
 
@@ -343,7 +357,7 @@ def list_(
     elif what == "recipes":
         rows = {name: _header(path) for name, path in shipped().items()}
     elif what == "genotypes":
-        rows = {name: f"space {catalogue.load_genotype(name).space}" for name in catalogue.published()}
+        rows = {name: _shape(catalogue.load_genotype(name)) for name in catalogue.published()}
     elif what == "runs":
         rows = _runs(Path("runs"))
     else:
@@ -355,6 +369,15 @@ def list_(
     width = max(map(len, rows), default=0) + 1
     for name, text in rows.items():
         out_console.print(f"{name:<{width}} {text}", markup=False, highlight=False)
+
+
+def _shape(genotype: AnyGenotype) -> str:
+    """Its space and, of a network of stages, its size."""
+    if isinstance(genotype, Genotype):
+        return f"space {genotype.space}"
+    depths, widths = ("-".join(map(str, numbers)) for numbers in (genotype.depths, genotype.widths))
+    options = "".join(f", {name} {value}" for name, value in genotype.options)
+    return f"space {genotype.space}, depths {depths}, widths {widths}{options}"
 
 
 def _module_summary(name: str) -> str:

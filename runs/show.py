@@ -12,6 +12,7 @@ from rich.table import Table
 
 from nas.analysis.throughput import speed_lines
 from nas.report.comparison_table import columns as comparison_columns
+from search_spaces.genotype import StageGenotype
 
 out_console = Console(soft_wrap=True)
 error_console = Console(stderr=True, soft_wrap=True)
@@ -75,6 +76,17 @@ def comparison_table(results: Mapping[str, Any]) -> None:
 def _print_whole(table: Table) -> None:
     """Print ``table`` as wide as it is: cells that are cut off would say less than lines that are too long."""
     table.width = out_console.measure(table, options=out_console.options.update(max_width=1000)).maximum
+    out_console.print(table)
+
+
+def stages_table(genotype: StageGenotype, sections: list[dict[str, Any]]) -> None:
+    """Depth and width of each stage of a network, and what it costs; "-" where costs are not known by stage."""
+    table = Table("stage", "depth", "width", "parameters", "M MACs", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    costs = {section["name"]: section for section in sections}
+    for number, (depth, width) in enumerate(zip(genotype.depths, genotype.widths, strict=True), start=1):
+        cost = costs.get(f"stage {number}")
+        shown = (f"{cost['parameters']:,}", f"{cost['macs'] / 1e6:,.1f}") if cost else ("-", "-")
+        table.add_row(str(number), str(depth), str(width), *shown)
     out_console.print(table)
 
 

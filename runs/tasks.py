@@ -29,6 +29,7 @@ from nas.data.split import Split, split
 from nas.errors import InputError
 from nas.export.package import export_model
 from nas.export.parity import check_exports
+from nas.export.source import why_no_source
 from nas.model_file import ModelSpec, load_model, save_model, weights_digest, with_plan
 from nas.objective import Objective, Setting, prediction_of
 from nas.randomness import derived_seed, generator
@@ -458,20 +459,22 @@ def _export(context: Context) -> dict[str, Any]:
     # The test set is for the final evaluation only: exports are compared on held-out training images.
     rows = context.split.validation[:32].to(context.device)
     inputs = (context.data.x_train[rows].float() / 255).cpu()
-    files = []
+    files, left_out = [], {}
     for name in ("searched", "compressed"):
         if not (model_folder(run, name) / "result.json").exists():
             continue
         spec, model = load_model(model_folder(run, name))
         folder = run.folder("export" if name == "searched" else "export/compressed")
-        # An ensemble, or a network with another activation than ReLU, has no form as a source file.
-        source = spec.prediction is None and spec.activation is None
-        formats = ("json", "safetensors", "py") if source else ("json", "safetensors")
+        formats = ["json", "safetensors"]
+        if reason := why_no_source(spec):
+            left_out[name] = {"format": "py", "reason": reason}
+        else:
+            formats.append("py")
         export_model(spec, model, folder, formats)
         for file in check_exports(folder, spec, model, inputs):
             entry = str((folder / file.file).relative_to(run.path))
             files.append({"file": entry, "format": file.format, "difference": file.difference})
-    return {"files": files}
+    return {"files": files, "left_out": left_out}
 
 
 def _report(context: Context) -> dict[str, Any]:

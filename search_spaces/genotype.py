@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,9 @@ MAX_NODES = 64
 MAX_STAGES = 64
 MAX_DEPTH = 1024
 MAX_WIDTH = 16384
+MAX_OPTIONS = 32
+
+Option = str | int | float | bool
 
 
 class GenotypeError(ValueError):
@@ -100,12 +104,14 @@ class Genotype:
 class StageGenotype:
     """An architecture written as stages: ``depths[i]`` layers (or blocks) of ``widths[i]`` channels.
 
-    Every stage but the first begins by halving the feature map.
+    Every stage but the first begins by halving the feature map. options: what else the network takes, (name, value)
+    pairs sorted by name; the space knows their names and types.
     """
 
     space: str
     depths: tuple[int, ...]
     widths: tuple[int, ...]
+    options: tuple[tuple[str, Option], ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.depths) <= MAX_STAGES or len(self.depths) != len(self.widths):
@@ -114,10 +120,19 @@ class StageGenotype:
             raise GenotypeError("depths and widths must be at least 1")
         if max(self.depths) > MAX_DEPTH or max(self.widths) > MAX_WIDTH:
             raise GenotypeError(f"a stage has at most {MAX_DEPTH} layers of at most {MAX_WIDTH} channels")
+        _check_options(self.options)
+        # In whatever order options are given, they are one architecture.
+        object.__setattr__(self, "options", tuple(sorted(self.options)))
 
     def to_data(self) -> dict[str, Any]:
-        """Plain lists and dictionaries, as written to JSON."""
-        return {"schema": SCHEMA, "space": self.space, "depths": list(self.depths), "widths": list(self.widths)}
+        """Plain lists and dictionaries, as written to JSON; options only where given, so that older digests stay."""
+        data: dict[str, Any] = {
+            "schema": SCHEMA,
+            "space": self.space,
+            "depths": list(self.depths),
+            "widths": list(self.widths),
+        }
+        return {**data, "options": dict(self.options)} if self.options else data
 
     @property
     def digest(self) -> str:
@@ -139,13 +154,16 @@ def genotype_from_data(data: object) -> AnyGenotype:
         )
     space = _text(fields.get("space"), "'space'")
     if "depths" in fields:
-        _only(fields, ("schema", "space", "depths", "widths"))
+        _only(fields, ("schema", "space", "depths", "widths", "options"))
         return StageGenotype(
-            space, _integers(fields["depths"], "'depths'"), _integers(fields.get("widths"), "'widths'")
+            space,
+            _integers(fields["depths"], "'depths'"),
+            _integers(fields.get("widths"), "'widths'"),
+            tuple(_mapping(fields.get("options", {}), "'options'").items()),
         )
     _only(fields, ("schema", "space", "layout", "cells"))
     layout_fields = _mapping(fields.get("layout"), "'layout'")
-    _only(layout_fields, ("sections", "ratio", "reduction", "stem"))
+    _only(layout_fields, ("sections", "ratio", "reduction", "stem", "depths"))
     sections = layout_fields.get("sections")
     if not isinstance(sections, list) or not 1 <= len(sections) <= MAX_STAGES:
         raise GenotypeError(f"'layout.sections' must be a list of 1 to {MAX_STAGES} kinds of cell")
@@ -158,6 +176,7 @@ def genotype_from_data(data: object) -> AnyGenotype:
             sections=tuple(_text(kind, "'layout.sections'") for kind in sections),
             ratio=_integers(layout_fields.get("ratio"), "'layout.ratio'"),
             reduction=_text(layout_fields.get("reduction"), "'layout.reduction'"),
+            depths=_integers(layout_fields.get("depths", []), "'layout.depths'"),
         )
     except GenotypeError:
         raise
@@ -211,6 +230,24 @@ def _cell(data: object, kind: str) -> Cell:
         return Cell(tuple(nodes))
     except GenotypeError as error:
         raise GenotypeError(f"cell '{kind}': {error}") from None
+
+
+def _check_options(options: Collection[tuple[str, object]]) -> None:
+    if len(options) > MAX_OPTIONS:
+        raise GenotypeError(f"a genotype has at most {MAX_OPTIONS} options, not {len(options)}")
+    for name, value in options:
+        _text(name, "an option's name")
+        if isinstance(value, str):
+            fits = len(value) <= 64
+        else:
+            fits = isinstance(value, bool) or _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+        if not fits:
+            raise GenotypeError(
+                f"option '{name}' must be a text of at most 64 characters, a finite number, true or false, "
+                f"not {_short(value)}"
+            )
+    if len({name for name, _ in options}) < len(options):
+        raise GenotypeError("an option is given twice")
 
 
 def _mapping(data: object, what: str) -> dict[str, Any]:

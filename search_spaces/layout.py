@@ -1,14 +1,17 @@
 """Layout: which kind of cell stands where, and the filter ratio of each section.
 
 A network of L cells is cut into sections by reduction cells; each section repeats one kind of cell and
-has its own number of filters. Ablations of placement (A-A-R, R-R-A, ...) and of the ratio (1:2:2, 1:2:4, ...)
-are other values of this data.
+has its own number of filters. Ablations of placement (A-A-R, R-R-A, ...), of the ratio (1:2:2, 1:2:4, ...) and of
+depth (2-4-2 cells, 4-2-2 cells, ...) are other values of this data.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
+
+MAX_CELLS = 1024
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,15 @@ class Layout:
     reduction: kind of the cell at the start of every section but the first.
     stem: the stem halves the image until its shorter side is at most this many pixels: at 64, images of 32 and 64
     pixels keep their size, 96 become 48 and 224 become 56. A smaller stem is faster and sees less.
+    depths: cells of each section, the reduction at its start included. The network then has just these, whatever
+    number of cells is asked for elsewhere. Without depths, the cells of a network are cut into even sections.
     """
 
     sections: tuple[str, ...]
     ratio: tuple[int, ...]
     reduction: str = "reduction"
     stem: int = 64
+    depths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.sections:
@@ -46,6 +52,8 @@ class Layout:
             raise ValueError("the filter ratio must consist of integers from 1 to 1024")
         if not 4 <= self.stem <= 8192:
             raise ValueError(f"stem must be from 4 to 8192 pixels, not {self.stem}")
+        if self.depths:
+            self._check_depths()
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -58,15 +66,27 @@ class Layout:
     @property
     def minimum_cells(self) -> int:
         """The fewest cells with which every kind of cell appears and no two reductions coincide."""
+        if self.depths:
+            return sum(self.depths)
         return next(count for count in range(len(self.sections), 4 * len(self.sections) + 1) if self._complete(count))
 
+    def count(self, cells: int) -> int:
+        """How many cells a network has for which ``cells`` are asked: the depths, where given, decide."""
+        return sum(self.depths) or cells
+
     def reductions(self, cells: int) -> tuple[int, ...]:
-        """Indices of the reduction cells in a network of ``cells`` cells: i*L // S, as in DARTS and ARNAS."""
+        """Indices of the reduction cells: where sections of ``depths`` begin, else i*L // S, as in DARTS and ARNAS."""
+        if self.depths:
+            return tuple(accumulate(self.depths[:-1]))
         sections = len(self.sections)
         return tuple(i * cells // sections for i in range(1, sections))
 
     def place(self, cells: int, channels: int) -> tuple[PlacedCell, ...]:
-        """The cells of a network of ``cells`` cells and ``channels`` base channels, from input to output."""
+        """The cells of a network of ``cells`` cells and ``channels`` base channels, from input to output.
+
+        ``cells`` is not used where the layout has depths.
+        """
+        cells = self.count(cells)
         if cells < self.minimum_cells:
             raise ValueError(
                 f"{cells} cells are too few for {len(self.sections)} sections ({'-'.join(self.sections)}): "
@@ -90,13 +110,25 @@ class Layout:
         return tuple(placed)
 
     def to_data(self) -> dict[str, Any]:
-        """Plain lists and dictionaries, as written to JSON."""
+        """Plain lists and dictionaries, as written to JSON; depths only where given, so that older digests stay."""
         return {
             "sections": list(self.sections),
             "ratio": list(self.ratio),
             "reduction": self.reduction,
             "stem": self.stem,
+            **({"depths": list(self.depths)} if self.depths else {}),
         }
+
+    def _check_depths(self) -> None:
+        if len(self.depths) != len(self.sections):
+            raise ValueError(f"{len(self.sections)} sections but depths for {len(self.depths)}: give one a section")
+        if min(self.depths) < 1 or sum(self.depths) > MAX_CELLS:
+            raise ValueError(f"depths must be at least 1 and add up to at most {MAX_CELLS} cells")
+        if not self._complete(sum(self.depths)):
+            raise ValueError(
+                "depths leave a kind of cell out: every section but the first begins with a reduction, so give one "
+                "section of each kind at least 2 cells (the first 1)"
+            )
 
     def _complete(self, cells: int) -> bool:
         """Whether every kind of cell appears at least once."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
+from nas.activations.activation import PerPlace
 from nas.model_file import ModelSpec
 from nas.prediction import networks_in, passes_of
 from search_spaces.genotype import Genotype, StageGenotype
@@ -72,6 +74,43 @@ def complexity(spec: ModelSpec) -> Complexity:
     and additions are left out.
     Masked weights count as multiplied, since dense kernels multiply them.
     """
+    whole = spec.plans or spec.prediction or not isinstance(spec.activation, PerPlace | None)
+    short = None if whole else _shortened(spec, 1)
+    if short is None or short == spec:
+        return _counted(spec)
+    return _lengthened(spec, _counted_once(short), _counted_once(_shortened(spec, 2) or spec)) or _counted(spec)
+
+
+def _shortened(spec: ModelSpec, depth: int) -> ModelSpec | None:
+    """``spec`` with stages of at most ``depth`` layers; None for networks of cells."""
+    genotype = spec.genotype
+    if not isinstance(genotype, StageGenotype):
+        return None
+    depths = tuple(min(depth, own) for own in genotype.depths)
+    return replace(spec, genotype=replace(genotype, depths=depths))
+
+
+def _lengthened(spec: ModelSpec, one: Complexity, two: Complexity) -> Complexity | None:
+    """The cost of ``spec`` from those of the same stages of at most one and at most two layers.
+
+    Layers of a stage after its first are alike, so each costs what the second does: studies count thousands of
+    networks that differ in depth only. None where the network does not tell its stages apart.
+    """
+    assert isinstance(spec.genotype, StageGenotype)
+    depths = {f"stage {number}": depth for number, depth in enumerate(spec.genotype.depths, start=1)}
+    if not depths.keys() <= {section.name for section in one.sections}:
+        return None
+    sections = []
+    for first, second in zip(one.sections, two.sections, strict=True):
+        more = depths.get(first.name, 1) - 1
+        parameters = first.parameters + more * (second.parameters - first.parameters)
+        sections.append(SectionCost(first.name, parameters, first.macs + more * (second.macs - first.macs)))
+    return Complexity(
+        sum(section.parameters for section in sections), sum(section.macs for section in sections), tuple(sections), ()
+    )
+
+
+def _counted(spec: ModelSpec) -> Complexity:
     model = _without_weights(spec)
     networks, passes = [*networks_in(model).values()], passes_of(model)
     parameters: Counter[str] = Counter()
@@ -89,6 +128,9 @@ def complexity(spec: ModelSpec) -> Complexity:
         tuple(SectionCost(name, section_parameters[name], section_macs[name]) for name in names),
         _cells(spec, parameters, macs),
     )
+
+
+_counted_once = lru_cache(maxsize=4096)(_counted)
 
 
 def parameters_of(spec: ModelSpec) -> int:
@@ -182,7 +224,7 @@ def _parameters_by_name(model: nn.Module) -> dict[str, int]:
 
 
 def _sections(spec: ModelSpec, model: nn.Module) -> dict[str, str]:
-    """The section of every cell ("cells.0") or layer of a chain ("features.0")."""
+    """The section of every cell ("cells.0"), stage ("stages.0") or layer of a chain ("features.0")."""
     genotype = spec.genotype
     if isinstance(genotype, Genotype):
         placed = genotype.layout.place(spec.cells, spec.channels)
@@ -191,7 +233,9 @@ def _sections(spec: ModelSpec, model: nn.Module) -> dict[str, str]:
 
 
 def _stages(genotype: StageGenotype, model: nn.Module) -> dict[str, str]:
-    """The stage of each layer of a chain: the n-th convolution begins the n-th layer of the genotype."""
+    """The stage of each module of ``stages``, or of a chain: there the n-th convolution begins the n-th layer."""
+    if hasattr(model, "stages"):
+        return {f"stages.{index}": f"stage {index + 1}" for index in range(len(genotype.depths))}
     features = model.get_submodule("features") if hasattr(model, "features") else nn.Sequential()
     stage_of_layer = [stage for stage, depth in enumerate(genotype.depths, start=1) for _ in range(depth)]
     convolutions = sum(isinstance(child, nn.Conv2d) for child in features.children())

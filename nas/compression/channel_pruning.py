@@ -290,6 +290,8 @@ def _groups(network: nn.Module, images: Tensor, fixed: dict[str, str]) -> tuple[
             if type(module).__module__.startswith("torch_pruning"):
                 if type(module).__name__ == "_OutputOp":
                     reason = reason or "its channels are the result"
+                if type(module).__name__ == "_SplitOp":
+                    reason = reason or "its channels are cut into parts"
                 continue
             if not isinstance(module, Sliced):
                 kind = "a parameter" if isinstance(module, nn.Parameter) else type(module).__name__

@@ -51,6 +51,15 @@ def network_source(spec: ModelSpec, name: str = "Network") -> str:
     return "\n\n\n".join(sections) + "\n"
 
 
+def why_no_source(spec: ModelSpec) -> str:
+    """Why ``network_source`` would refuse the network of ``spec``; nothing where it would not."""
+    try:
+        _body(spec, _blueprint(spec), "Network")
+    except InputError as error:
+        return str(error)
+    return ""
+
+
 def deployed_state(spec: ModelSpec, model: nn.Module) -> dict[str, Tensor]:
     """The weights of ``model`` under the names of the exported file, as float32 on the CPU.
 

@@ -156,7 +156,7 @@ def cell_body(spec: ModelSpec, genotype: Genotype, stem: nn.Sequential, name: st
         "return self.classifier(current.mean((2, 3)))",
     ]
     texts = [cell_class.text() for cell_class in classes.values()]
-    return Body(f"{spec.cells} cells", texts, init, forward, lambda layer: _renamed(used, layer))
+    return Body(f"{len(places)} cells", texts, init, forward, lambda layer: _renamed(used, layer))
 
 
 def _cell_classes(

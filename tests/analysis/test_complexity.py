@@ -28,6 +28,9 @@ ARNAS = spec_of(load_genotype("arnas"), channels=64, cells=20, shape=(3, 32, 32)
 SPECS = {
     "arnas": ARNAS,
     "digits": spec_of(dsara.SPACE.random(seeded(0)), shape=(1, 8, 8)),
+    "depths": spec_of(
+        replace(dsara.SPACE.random(seeded(5)), layout=replace(dsara.SPACE.layout, depths=(1, 4, 2))), cells=20
+    ),
     "odd sizes": spec_of(dsara.SPACE.random(seeded(1)), channels=5, cells=7, shape=(3, 13, 11)),
     "one channel": spec_of(dsara.SPACE.random(seeded(2)), channels=1),
     "stem with strides": spec_of(darts.SPACE.random(seeded(3)), channels=4, shape=(3, 160, 160)),
@@ -72,6 +75,12 @@ def test_published_size_of_arnas():
         (index, place.kind, place.channels) for index, place in enumerate(placed)
     ]
     assert [cell.section for cell in cost.cells] == [1] * 6 + [2] * 7 + [3] * 7
+
+
+def test_depths_and_not_the_number_of_cells_say_where_the_cost_is():
+    spec = SPECS["depths"]
+    assert [cell.section for cell in complexity(spec).cells] == [1] + [2] * 4 + [3] * 2
+    assert complexity(replace(spec, cells=3)) == complexity(spec)
 
 
 def test_a_cell_counted_by_hand():

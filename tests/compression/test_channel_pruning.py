@@ -25,8 +25,19 @@ from search_spaces.catalogue import space_of
 from search_spaces.genotype import StageGenotype
 from search_spaces.network import parameter_count
 
-SHAPES = {"resnet": (3, 8, 8), "vgg": (3, 8, 8), "mlp": (1, 8, 8), "vit": (3, 8, 8)}
-STAGES = {"resnet": ((1, 2), (8, 12)), "vgg": ((1, 2), (6, 8)), "mlp": ((2,), (24,)), "vit": ((2,), (16,))}
+SHAPES = {"resnet": (3, 8, 8), "vgg": (3, 8, 8), "mlp": (1, 8, 8), "vit": (3, 8, 8), "robust": (3, 8, 8)}
+STAGES = {
+    "resnet": StageGenotype("resnet", (1, 2), (8, 12)),
+    "vgg": StageGenotype("vgg", (1, 2), (6, 8)),
+    "mlp": StageGenotype("mlp", (2,), (24,)),
+    "vit": StageGenotype("vit", (2,), (16,)),
+    "robust": StageGenotype(
+        "residual",
+        (2, 2),
+        (8, 12),
+        (("block", "robust"), ("scales", 3), ("cardinality", 1), ("base_width", 60), ("se", "residual"), ("stem", 6)),
+    ),
+}
 
 
 def _network(kind, make, seed=0):
@@ -36,7 +47,7 @@ def _network(kind, make, seed=0):
     shape = SHAPES[kind]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        genotype = StageGenotype(kind, *STAGES[kind])
+        genotype = STAGES[kind]
         constants = (0.5,) * shape[0], (0.25,) * shape[0]
         model = space_of(genotype).build(
             genotype, channels=0, cells=0, input_shape=shape, classes=4, mean=constants[0], std=constants[1],
@@ -98,7 +109,7 @@ def _same(a, b, x, tolerance):
     assert float(found[0][1].abs().max()) > 0
 
 
-KINDS = ["cells", "plain", "resnet", "vgg", "mlp", "vit"]
+KINDS = ["cells", "plain", "resnet", "vgg", "mlp", "vit", "robust"]
 
 
 @pytest.mark.parametrize(("scope", "dtype"), [("layer", torch.float32), ("network", torch.float64)])

@@ -3,7 +3,7 @@
 import importlib.util
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +16,7 @@ from nas.model_file import ModelSpec, with_plan
 from search_spaces.catalogue import load_genotype
 from search_spaces.darts import SPACE as DARTS
 from search_spaces.dsara import SPACE as DSARA
-from search_spaces.genotype import Cell, Edge, Genotype, StageGenotype
+from search_spaces.genotype import AnyGenotype, Cell, Edge, Genotype, StageGenotype
 from search_spaces.layout import Layout
 
 HOSTILE = 'x"""\nimport nas\n\\'
@@ -87,6 +87,12 @@ def awkward() -> Genotype:
     return Genotype("dsara", layout, tuple((kind, small if kind[0] == "1" else cell) for kind in layout.kinds))
 
 
+def with_depths(genotype: AnyGenotype, depths: tuple[int, ...]) -> Genotype:
+    """``genotype`` with so many cells in each section."""
+    assert isinstance(genotype, Genotype)
+    return replace(genotype, layout=replace(genotype.layout, depths=depths))
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "arnas-8x8": lambda: make(load_genotype("arnas"), (1, 8, 8)),
     "arnas-32x32": lambda: make(load_genotype("arnas"), (3, 32, 32), auxiliary=True),
@@ -94,6 +100,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "two-strided-convolutions": lambda: make(load_genotype("arnas"), (1, 130, 131), channels=1),
     "every-operation": lambda: make(every_operation(), (1, 11, 7), channels=3, cells=7),
     "darts": lambda: make(DARTS.random(torch.Generator().manual_seed(0)), (3, 16, 16), cells=6),
+    "depths": lambda: make(with_depths(load_genotype("arnas"), (1, 3, 2)), (1, 8, 8), cells=20),
     "no-reduction": lambda: make(
         Genotype("dsara", Layout(("accurate",), (1,)), (("accurate", load_genotype("arnas").cell["accurate"]),)),
         (1, 8, 8),

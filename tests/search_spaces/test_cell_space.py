@@ -1,5 +1,6 @@
 """Facts of the published spaces, the rule that turns mixing weights into a genotype, and random genotypes."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -45,6 +46,20 @@ def test_the_supernet_has_its_published_size():
     assert sum(alpha.numel() for alpha in supernet.architecture_parameters()) == 294
     together = {id(p) for p in [*supernet.weight_parameters(), *supernet.architecture_parameters()]}
     assert together == {id(p) for p in supernet.parameters()}
+
+
+def test_depths_shape_the_supernet_and_what_it_finds():
+    space = dataclasses.replace(DSARA, layout=dataclasses.replace(DSARA.layout, depths=(1, 3, 2)))
+    settings = {"channels": 2, "cells": 20, "input_shape": (1, 8, 8), "classes": 2, "mean": (0.5,), "std": (0.5,)}
+    supernet = space.supernet(**settings)
+    found = space.discretise(supernet.mixing_weights())
+    assert found.layout == space.layout
+    kinds = ("accurate", "reduction", "accurate", "accurate", "reduction", "robust")
+    assert supernet.kinds == tuple(place.kind for place in found.layout.place(20, 2)) == kinds
+    network = space.build(found, **settings, auxiliary=True)
+    assert len(network.cells) == 6 and network.auxiliary_after == 4
+    x = torch.rand(2, 1, 8, 8)
+    assert network(x).shape == supernet(x).shape == (2, 2)
 
 
 def test_edges_are_numbered_without_gaps():

@@ -1,11 +1,13 @@
 """The JSON form of genotypes: round trips, names that stay, and every malformed input told as such."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
 import torch
 
+from search_spaces.catalogue import load_genotype
 from search_spaces.darts import SPACE as DARTS
 from search_spaces.dsara import SPACE as DSARA
 from search_spaces.genotype import (
@@ -26,6 +28,8 @@ def _random(space=DSARA, seed=0):
 
 
 STAGES = StageGenotype("plain", (2, 3, 1), (16, 32, 8))
+OPTIONS = StageGenotype("plain", (2, 1), (16, 8), (("b", 2), ("a", "x"), ("c", 0.5), ("d", True)))
+DEPTHS = dataclasses.replace(_random(), layout=dataclasses.replace(DSARA.layout, depths=(1, 4, 2)))
 
 
 @pytest.mark.parametrize("space", [DSARA, DARTS], ids=lambda space: space.name)
@@ -40,10 +44,29 @@ def test_random_genotypes_survive_json(space, tmp_path):
     assert read_genotype(tmp_path / "g.json") == genotype
 
 
-def test_stage_genotypes_survive_json(tmp_path):
-    assert genotype_from_data(json.loads(json.dumps(STAGES.to_data()))) == STAGES
-    write_genotype(STAGES, tmp_path / "s.json")
-    assert read_genotype(tmp_path / "s.json") == STAGES
+@pytest.mark.parametrize("genotype", [STAGES, OPTIONS, DEPTHS], ids=["stages", "options", "depths"])
+def test_other_genotypes_survive_json(genotype, tmp_path):
+    assert genotype_from_data(json.loads(json.dumps(genotype.to_data()))) == genotype
+    write_genotype(genotype, tmp_path / "s.json")
+    assert read_genotype(tmp_path / "s.json") == genotype
+
+
+def test_what_is_not_stated_is_not_written_so_that_names_given_before_stay():
+    """Digests as they were before genotypes had options and layouts had depths."""
+    assert STAGES.digest == "5d8edd59b7b6"
+    assert load_genotype("arnas").digest == "3af1ead88100"
+
+
+def test_options_are_in_the_name_and_their_order_is_not():
+    reordered = dataclasses.replace(OPTIONS, options=OPTIONS.options[::-1])
+    assert reordered == OPTIONS and reordered.digest == OPTIONS.digest
+    assert OPTIONS.to_data()["options"] == {"a": "x", "b": 2, "c": 0.5, "d": True}
+    assert [name for name, _ in OPTIONS.options] == ["a", "b", "c", "d"]
+    for options in ((), OPTIONS.options[:3], (*OPTIONS.options[:3], ("d", False))):
+        assert dataclasses.replace(OPTIONS, options=options).digest != OPTIONS.digest
+    assert DEPTHS.digest != _random().digest
+    with pytest.raises(GenotypeError, match="twice"):
+        StageGenotype("plain", (1,), (1,), (("a", 1), ("a", 2)))
 
 
 def test_the_digest_names_the_architecture():
@@ -86,6 +109,10 @@ def _with(path, value):
     else:
         place[last] = value
     return data
+
+
+def _stages(options):
+    return {"schema": 1, "space": "plain", "depths": [1], "widths": [4], "options": options}
 
 
 def _nested(depth):
@@ -147,6 +174,24 @@ WRONG = {
     "bool as stem": _with(["layout", "stem"], True),
     "tiny stem": _with(["layout", "stem"], 3),
     "endless stem": _with(["layout", "stem"], 10**5000),
+    "depths for two of three sections": _with(["layout", "depths"], [3, 4]),
+    "no cell of a kind": _with(["layout", "depths"], [3, 3, 1]),
+    "zero cells": _with(["layout", "depths"], [0, 3, 3]),
+    "text as depths": _with(["layout", "depths"], "3,3,3"),
+    "endless depths": _with(["layout", "depths"], [1, 1, 10**5000]),
+    "options as list": _stages([["a", 1]]),
+    "options null": _stages(None),
+    "option null": _stages({"a": None}),
+    "option of a list": _stages({"a": [1]}),
+    "bottomless option": _stages({"a": _nested(100_000)}),
+    "option not a number": _stages({"a": float("nan")}),
+    "infinite option": _stages({"a": float("-inf")}),
+    "endless option": _stages({"a": 10**5000}),
+    "long option": _stages({"a": "x" * 65}),
+    "option without a name": _stages({"": 1}),
+    "option of a long name": _stages({"x" * 65: 1}),
+    "too many options": _stages({str(i): i for i in range(33)}),
+    "huge number of options": _stages({str(i): i for i in range(100_000)}),
     "a list": [],
     "null": None,
     "a text": "genotype",
@@ -183,7 +228,9 @@ def _places(data, path=()):
         yield from _places(value, (*path, key))
 
 
-@pytest.mark.parametrize("original", [_random(seed=3), STAGES], ids=["cells", "stages"])
+@pytest.mark.parametrize(
+    "original", [_random(seed=3), STAGES, OPTIONS, DEPTHS], ids=["cells", "stages", "options", "depths"]
+)
 def test_any_entry_replaced_by_anything_is_read_or_refused(original):
     """Thousands of wrong files: each is a genotype that round-trips, or a GenotypeError."""
     refused = read = 0

@@ -1,5 +1,6 @@
 """Where the kinds of cell stand, for the published sizes and for every layout and size."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -70,3 +71,37 @@ def test_impossible_layouts_are_refused():
     for cells, channels in [(3, 4), (0, 4), (-1, 4), (8, 0), (8, -2)]:
         with pytest.raises(ValueError):
             DSARA.layout.place(cells, channels)
+
+
+def test_depths_say_where_sections_begin():
+    layout = dataclasses.replace(DSARA.layout, depths=(1, 4, 2))
+    for asked in (0, 7, 20):
+        placed = layout.place(asked, 8)
+        assert [place.kind for place in placed] == [
+            "accurate", "reduction", "accurate", "accurate", "accurate", "reduction", "robust"
+        ]  # fmt: skip
+        assert [place.section for place in placed] == [0, 1, 1, 1, 1, 2, 2]
+        assert [place.channels for place in placed] == [8] + [16] * 6
+        assert [place.reduces for place in placed] == [False, True, False, False, False, True, False]
+        assert layout.count(asked) == layout.minimum_cells == 7
+    assert DSARA.layout.count(20) == 20
+
+
+@pytest.mark.parametrize("cells", [8, 14, 20])
+def test_even_depths_are_the_layout_without_depths(cells):
+    first, second = DSARA.layout.reductions(cells)
+    given = dataclasses.replace(DSARA.layout, depths=(first, second - first, cells - second))
+    assert given.place(0, 4) == DSARA.layout.place(cells, 4)
+
+
+@pytest.mark.parametrize(
+    "depths", [(3, 3), (3, 3, 3, 3), (0, 3, 3), (3, 3, -1), (3, 3, 1), (1, 1, 1), (1, 1020, 4)], ids=str
+)
+def test_impossible_depths_are_refused(depths):
+    with pytest.raises(ValueError, match="depths"):
+        dataclasses.replace(DSARA.layout, depths=depths)
+
+
+def test_a_section_may_be_its_reduction_where_its_kind_stands_elsewhere():
+    layout = dataclasses.replace(DSARA.layout, depths=(2, 1, 2))
+    assert [place.kind for place in layout.place(0, 4)] == ["accurate"] * 2 + ["reduction"] * 2 + ["robust"]

@@ -19,6 +19,7 @@ SMALL = {
     "vgg": StageGenotype("vgg", (1, 2), (4, 6)),
     "mlp": StageGenotype("mlp", (2, 1), (12, 5)),
     "vit": StageGenotype("vit", (2,), (16,)),
+    "residual": StageGenotype("residual", (1, 2), (4, 6), (("se", "residual"), ("stem", 4))),
 }
 
 
