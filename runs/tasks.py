@@ -520,6 +520,7 @@ def collect(context: Context) -> dict[str, Any]:
         trained = run.needed("compress" if name == "compressed" else f"train/{name}")
         role = "random" if name.startswith("random-") else name
         models.append({"name": name, "role": role, **trained, **evaluation})
+    exported = run.result("export") or {"files": []}
     results: dict[str, Any] = {
         "schema": 1,
         "name": recipe.general.name,
@@ -539,7 +540,8 @@ def collect(context: Context) -> dict[str, Any]:
         "search": {"epochs": searched["epochs"], "warnings": searched["warnings"]},
         "analysis": {"topology": analysis["topology"], "complexity": analysis["complexity"]},
         "models": models,
-        "export": (run.result("export") or {"files": []})["files"],
+        "export": exported["files"],
+        "left_out": exported.get("left_out", {}),
     }
     results["verdict"] = verdict(results)
     return results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 from pathlib import Path
 
@@ -21,7 +22,8 @@ def test_a_residual_network_is_trained_by_a_recipe_for_cells(
     """[train] states parameters and cells, which have no meaning here; what no file can hold is said, not an error."""
     # Reloading files in a fresh process and drawing the page take seconds, and are not what is asked.
     monkeypatch.setattr("runs.tasks.check_exports", lambda folder, spec, model, inputs: [])
-    monkeypatch.setattr("nas.report.page.write_report", lambda results, path: path.write_text("report"))
+    monkeypatch.setattr("nas.report.page.curves.curves", lambda *arguments, **more: "")
+    monkeypatch.setattr("nas.report.page.curves.intervals", lambda *arguments: "")
     genotype = wide((1, 1), (1, 1), (8, 12), stem=4, se="residual", activation="silu")
     write_genotype(genotype, tmp_path / "small.json")
     size = [part for item in ("epochs=1", "channels=0", "parameters=9000") for part in ("--set", f"train.{item}")]
@@ -32,7 +34,9 @@ def test_a_residual_network_is_trained_by_a_recipe_for_cells(
     written = {path.name for path in (tmp_path / "run" / "export").iterdir()}
     assert written - {"timing.json"} == {"genotype.json", "model.json", "model.safetensors", "result.json"}
     told = json.loads((tmp_path / "run" / "export" / "result.json").read_text())
-    assert "residual" in told["left_out"]["searched"]["reason"]
+    reason = told["left_out"]["searched"]["reason"]
+    assert "residual" in reason
+    assert html.escape(reason) in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_analyse_says_what_each_stage_costs() -> None:
