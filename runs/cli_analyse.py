@@ -19,6 +19,7 @@ from search_spaces.genotype import AnyGenotype, Genotype
 
 if TYPE_CHECKING:
     from nas.analysis.topology_comparison import Comparison
+    from nas.model_file import ModelSpec
 
 SHOWN = 4
 """Up to so many architectures are printed cell by cell; more of them only as a population."""
@@ -49,59 +50,65 @@ def analyse(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Width, depth, operations, parameters and MACs of architectures; are their accurate and robust cells different."""
-    from nas.analysis.complexity import complexity
-    from nas.analysis.topology import differences, topology
     from nas.model_file import ModelSpec
 
     names, random_count = _named([*what, *(compare or [])])
     genotypes = [_genotype_of(name) for name in names]
     drawn = _drawn(names, genotypes, random_count, seed)
-    # Where populations are not asked for, the result is a list of architectures.
+    # Where no population is asked for, the result is a list of architectures.
     as_population = len(what) > 1 or bool(drawn)
-    rows: list[dict[str, Any]] = []
+    comparisons = _compared(names, genotypes, drawn, seed) if as_population else ()
+    rows = []
     for name, genotype in zip(names, genotypes, strict=True):
-        mean = (0.5,) * image_channels
-        labels = tuple(str(i) for i in range(classes))
+        mean, labels = (0.5,) * image_channels, tuple(str(i) for i in range(classes))
         spec = ModelSpec(genotype, channels, cells, (image_channels, size, size), labels, mean, mean)
-        try:
-            cost = complexity(spec)
-        except ValueError as error:
-            raise InputError(f"{name}: {error}") from None
-        row: dict[str, Any] = {
-            "name": name,
-            "genotype": genotype.to_data(),
-            "digest": genotype.digest,
-            "topology": [cell.to_data() for cell in topology(genotype)],
-            "differences": differences(genotype) if isinstance(genotype, Genotype) else {},
-            "complexity": cost.to_data(),
-        }
-        rows.append(row)
+        rows.append(_architecture_data(name, spec))
         if not as_json and len(names) <= SHOWN:
-            out_console.print(
-                f"{name} ({genotype.digest}): {cost.parameters:,} parameters, {cost.macs / 1e6:,.1f} M MACs at "
-                f"{channels} channels, {cells} cells, {image_channels}x{size}x{size}",
-                highlight=False,
-                markup=False,
-            )
-            topology_table(row["topology"])
-    result: Any = rows
-    comparisons: tuple[Comparison, ...] = ()
-    if as_population:
-        comparisons = _compared(names, genotypes, drawn, seed)
-        result = _population_data(rows, genotypes, drawn, comparisons, seed)
-        if not as_json:
-            topology_comparison_table([one.to_data() for one in comparisons], _repeated(names, genotypes))
+            _print_architecture(rows[-1], spec)
+    if as_population and not as_json:
+        topology_comparison_table([one.to_data() for one in comparisons], _repeated(names, genotypes))
     if csv_file is not None:
         _write_csv(rows, drawn, csv_file)
     if pictures is not None:
-        _draw(names, genotypes, drawn if comparisons else [], pictures, population=bool(comparisons))
+        _draw(names, genotypes, drawn, pictures, population=bool(comparisons))
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(_population_data(rows, genotypes, drawn, comparisons, seed) if as_population else rows))
     elif pictures is None:
         asked = [*what, *(part for name in compare or [] for part in ("--compare", name))]
         next_commands(
             ["nas", "analyse", *asked, *(["--seed", seed] if drawn and seed else []), "--pictures", "pictures"]
         )
+
+
+def _architecture_data(name: str, spec: ModelSpec) -> dict[str, Any]:
+    """What an architecture looks like and its network ``spec`` costs, as in the JSON."""
+    from nas.analysis.complexity import complexity
+    from nas.analysis.topology import differences, topology
+
+    genotype = spec.genotype
+    try:
+        cost = complexity(spec)
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from None
+    return {
+        "name": name,
+        "genotype": genotype.to_data(),
+        "digest": genotype.digest,
+        "topology": [cell.to_data() for cell in topology(genotype)],
+        "differences": differences(genotype) if isinstance(genotype, Genotype) else {},
+        "complexity": cost.to_data(),
+    }
+
+
+def _print_architecture(row: dict[str, Any], spec: ModelSpec) -> None:
+    cost, shape = row["complexity"], "x".join(map(str, spec.input_shape))
+    out_console.print(
+        f"{row['name']} ({row['digest']}): {cost['parameters']:,} parameters, {cost['macs'] / 1e6:,.1f} M MACs at "
+        f"{spec.channels} channels, {spec.cells} cells, {shape}",
+        highlight=False,
+        markup=False,
+    )
+    topology_table(row["topology"])
 
 
 def _named(arguments: Sequence[str]) -> tuple[list[str], int]:
@@ -156,7 +163,10 @@ def _compared(
     cells: list[Genotype] = []
     for name, genotype in zip(names, genotypes, strict=True):
         if not isinstance(genotype, Genotype):
-            raise InputError(f"{name} is a network of stages, without cells to compare: analyse it on its own")
+            raise InputError(
+                f"{name} is a network of stages, without cells to compare: nas analyse A --compare B sets it "
+                "beside others"
+            )
         if genotype.space != genotypes[0].space:
             raise InputError(
                 f"{name} is of space '{genotype.space}' and {names[0]} of space '{genotypes[0].space}': compare "

@@ -94,8 +94,8 @@ class Comparison:
             which = " in what" if whole else ""
             least = min(1.0, self.smallest_p * len(self.statistics))
             return (
-                f"{what}: {whole}too few architectures to tell{which} ({self.n_first}: no corrected p-value can be below "
-                f"{least:.2g}): give at least {self.enough} independent searches"
+                f"{what}: {whole}too few architectures to tell{which} ({self.n_first}: no corrected p-value can be "
+                f"below {least:.2g}): give at least {self.enough} independent searches"
             )
         found = [one for one in self.statistics if one.p_holm <= LEVEL]
         if found:
