@@ -1,4 +1,4 @@
-"""A picture of populations of cells: every statistic in a panel, every cell a dot, every population's mean a line."""
+"""A picture of populations of cells: every statistic in a panel, every cell a dot, means as lines."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ COLUMNS = 5
 COLOURS = ("#1a62ad", "#a04c00", "#1d7339", "#7d3ab0")
 """Of searched populations; told apart in the common colour blindnesses, and by their place."""
 GREY = "#5b6570"
+MOST_DOTS = 100
+"""More cells than these are drawn as lines as long as there are cells of a value: thousands of dots say no more."""
 
 
 def draw_populations(populations: Mapping[str, NDArray[np.float64]], path: Path) -> None:
@@ -48,17 +50,16 @@ def draw_populations(populations: Mapping[str, NDArray[np.float64]], path: Path)
             step = _step(np.concatenate([values[:, index] for values in populations.values()]))
             for place, (name, values) in enumerate(populations.items()):
                 colour = colours.get(name, GREY)
-                across = _swarm(values[:, index], step)
-                panel.scatter(
-                    place + across,
-                    values[:, index],
-                    s=10 if len(values) <= 50 else 3,
-                    color=colour,
-                    alpha=0.6,
-                    linewidths=0,
-                )
+                heights, counts = _levels(values[:, index], step)
+                half = 0.4 * counts / max(counts.max(), 12)
+                if len(values) > MOST_DOTS:
+                    panel.hlines(heights, place - half, place + half, color=colour, alpha=0.6, linewidth=2.5)
+                else:
+                    for height, count, width in zip(heights, counts, half, strict=True):
+                        across = place + np.linspace(-width, width, 2 * count + 1)[1::2]
+                        panel.scatter(across, [height] * count, s=11, color=colour, alpha=0.6, linewidths=0)
                 mean = values[:, index].mean()
-                panel.plot([place - 0.42, place + 0.42], [mean, mean], color=colour, linewidth=2.2)
+                panel.plot([place - 0.42, place + 0.42], [mean, mean], color=colour, linewidth=1.6)
             panel.set_title(statistic, fontsize=9.5)
             panel.set_xticks(range(len(titles)), titles, fontsize=8)
             panel.set_xlim(-0.55, len(titles) - 0.45)
@@ -73,16 +74,11 @@ def draw_populations(populations: Mapping[str, NDArray[np.float64]], path: Path)
 
 
 def _step(values: NDArray[np.float64]) -> float:
-    """Values closer than this are drawn side by side."""
+    """Values that round to one multiple of this are drawn side by side."""
     return max(float(np.ptp(values)) / 30, 1e-9)
 
 
-def _swarm(values: NDArray[np.float64], step: float) -> NDArray[np.float64]:
-    """Places of dots [N] across a column, -0.4 to 0.4: a row is as wide as it has values."""
-    bins = np.round(values / step).astype(int)
-    most = max(np.bincount(bins - bins.min()).max(), 12)
-    across = np.zeros(len(values))
-    for level in np.unique(bins):
-        members = np.flatnonzero(bins == level)
-        across[members] = (np.arange(len(members)) - (len(members) - 1) / 2) * 0.8 / most
-    return across
+def _levels(values: NDArray[np.float64], step: float) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """The heights at which values are drawn, the mean of those side by side, and how many are."""
+    _, level, counts = np.unique(np.round(values / step), return_inverse=True, return_counts=True)
+    return np.bincount(level, weights=values) / counts, counts
