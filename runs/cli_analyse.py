@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nas.model_file import ModelSpec
 
 SHOWN = 4
-"""Up to so many architectures are printed cell by cell; more of them only as a population."""
+"""Populations of up to so many architectures are also printed cell by cell."""
 MOST_RANDOM = 2000
 
 
@@ -63,7 +63,7 @@ def analyse(
         mean, labels = (0.5,) * image_channels, tuple(str(i) for i in range(classes))
         spec = ModelSpec(genotype, channels, cells, (image_channels, size, size), labels, mean, mean)
         rows.append(_architecture_data(name, spec))
-        if not as_json and len(names) <= SHOWN:
+        if not as_json and (len(names) <= SHOWN or not as_population):
             _print_architecture(rows[-1], spec)
     if as_population and not as_json:
         topology_comparison_table([one.to_data() for one in comparisons], _repeated(names, genotypes))

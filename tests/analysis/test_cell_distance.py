@@ -92,6 +92,12 @@ def test_which_input_is_read_matters():
     assert cell_distance(Cell(((Edge("a", 0),),)), Cell(((Edge("a", 1),),))) > 0
 
 
+def test_one_node_read_twice_is_not_two_alike_read_once():
+    """Both compute the same sums; only what becomes of a node tells them apart."""
+    fan = ((Edge("a", 0),), (Edge("a", 0),))
+    assert cell_distance(Cell((*fan, (Edge("b", 2), Edge("b", 3)))), Cell((*fan, (Edge("b", 2), Edge("b", 2))))) > 0
+
+
 def test_zero_if_and_only_if_the_profiles_agree():
     draw = random.Random(1)
     cells = [random_cell(draw, draw.randint(1, 2)) for _ in range(120)]

@@ -277,6 +277,13 @@ def test_too_few_to_tell(n):
         assert all(one.low is one.high is None for one in comparison.statistics)
 
 
+@pytest.mark.parametrize(("n", "m"), [(3, 3), (2, 5), (5, 2), (1, 4)])
+def test_smallest_p_is_that_of_populations_wholly_apart(n, m):
+    plain = [Cell(((Edge("sep_conv_3x3", 0), Edge("sep_conv_3x3", 1)),))] * m
+    comparison = compare_unpaired(("a", "b"), [dilated(cell) for cell in cells(n)], plain, rng())
+    assert found(comparison, "dilated").p == pytest.approx(comparison.smallest_p)
+
+
 def test_as_many_as_asked_for_are_enough():
     """At the number that the verdict asks for, the most extreme outcome is told as different; at one less it is not."""
     rest = [dilated(cell, 0) for cell in cells(30, seed=17)]

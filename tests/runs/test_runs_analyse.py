@@ -91,6 +91,11 @@ def test_seed_decides_which_random_ones(files: list[Path]) -> None:
     assert drawn() == drawn("--seed", "0") != drawn("--seed", "1")
 
 
+def test_as_many_as_are_set_beside_one_are_told(files: list[Path]) -> None:
+    others = [part for path in files[1:6] for part in ("--compare", path)]
+    assert nas("analyse", files[0], *others, *SMALL).out.count("from inputs") == 6
+
+
 def test_two_are_too_few(files: list[Path]) -> None:
     told = nas("analyse", *files[:2], *SMALL).out
     assert told.count("from inputs") == 2  # both are told, too
