@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from nas.errors import Failure, InputError, nearest
+from runs.cli_analyse import analyse
 from runs.cli_finished import attack, compress, export, report
 from runs.show import (
     comparison_table,
@@ -17,7 +18,6 @@ from runs.show import (
     models_table,
     next_commands,
     out_console,
-    stages_table,
     topology_table,
 )
 from search_spaces.genotype import AnyGenotype, Genotype, GenotypeError
@@ -251,85 +251,6 @@ def _conclude(directory: Any, as_json: bool, recipe: list[str]) -> None:
     )
 
 
-@app.command()
-def analyse(
-    what: Annotated[str, typer.Argument(help="A run directory, a genotype file or a published name.")],
-    compare: Annotated[list[str] | None, typer.Option(help="More of the same, to set beside it.")] = None,
-    channels: Annotated[int, typer.Option(min=1, help="Base channels of the counted network.")] = 64,
-    cells: Annotated[int, typer.Option(min=1, help="Cells of the counted network.")] = 20,
-    size: Annotated[int, typer.Option(min=8, help="Height and width of the image.")] = 32,
-    image_channels: Annotated[int, typer.Option(min=1, help="Channels of the image.")] = 3,
-    classes: Annotated[int, typer.Option(min=2, help="Number of classes.")] = 10,
-    pictures: Annotated[Path | None, typer.Option(help="Folder for a picture of each cell.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Width, depth, operations, parameters and MACs of an architecture."""
-    from nas.analysis.complexity import complexity
-    from nas.analysis.drawing import draw_cell
-    from nas.analysis.topology import topology
-    from nas.model_file import ModelSpec
-
-    results = []
-    for name in [what, *(compare or [])]:
-        genotype = _genotype_of(name)
-        mean = (0.5,) * image_channels
-        labels = tuple(str(i) for i in range(classes))
-        spec = ModelSpec(genotype, channels, cells, (image_channels, size, size), labels, mean, mean)
-        try:
-            cost = complexity(spec)
-        except ValueError as error:
-            raise InputError(f"{name}: {error}") from None
-        cell_data = [cell.to_data() for cell in topology(genotype)]
-        results.append(
-            {
-                "name": name,
-                "genotype": genotype.to_data(),
-                "digest": genotype.digest,
-                "topology": cell_data,
-                "complexity": cost.to_data(),
-            }
-        )
-        if pictures is not None and isinstance(genotype, Genotype):
-            from nas.tensor_file import write_text
-            from runs.directory import make_folder
-
-            make_folder(pictures)
-            for kind, cell in genotype.cells:
-                write_text(
-                    draw_cell(cell, f"{Path(name).stem}: {kind} cell"), pictures / f"{Path(name).stem}-{kind}.svg"
-                )
-        if not as_json:
-            chosen = ""
-            if isinstance(genotype, Genotype):
-                chosen = f"{channels} channels, {genotype.layout.count(cells)} cells, "
-            out_console.print(
-                f"{name} ({genotype.digest}): {cost.parameters:,} parameters, {cost.macs / 1e6:,.1f} M MACs at "
-                f"{chosen}{image_channels}x{size}x{size}",
-                highlight=False,
-                markup=False,
-            )
-            if isinstance(genotype, Genotype):
-                topology_table(cell_data)
-            else:
-                stages_table(genotype, cost.to_data()["sections"])
-    if as_json:
-        print(json.dumps(results))
-    elif pictures is None and any(result["topology"] for result in results):
-        next_commands(["nas", "analyse", what, "--pictures", "pictures"])
-
-
-def _genotype_of(name: str) -> AnyGenotype:
-    from runs.directory import open_run
-    from runs.tasks import found_genotype
-    from search_spaces.catalogue import load_genotype, space_of
-
-    if Path(name).is_dir():
-        genotype = found_genotype(open_run(Path(name)))
-        space_of(genotype)
-        return genotype
-    return load_genotype(name)
-
-
 @app.command(name="list")
 def list_(
     what: Annotated[
@@ -408,7 +329,7 @@ def _runs(folder: Path) -> dict[str, str]:
     return rows
 
 
-for _command in (compress, attack, export, report):
+for _command in (analyse, compress, attack, export, report):
     app.command()(_command)
 
 

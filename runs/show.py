@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -100,3 +101,45 @@ def topology_table(cells: list[dict[str, Any]]) -> None:
         from_inputs = f"{cell['input_edges']} of {cell['edges']}"
         table.add_row(cell["kind"], str(cell["depth"]), from_inputs, str(cell["antichain"]), operations)
     out_console.print(table)
+
+
+def topology_comparison_table(comparisons: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:
+    """Means of each statistic by population, differences with intervals and corrected p-values; what they say."""
+    if comparisons:
+        _statistics_table(comparisons)
+        tests = "; ".join(f"{_versus(one)} p = {one['p']:.2g}" for one in comparisons)
+        out_console.print(f"whole cells (energy distance, permutation test): {tests}", highlight=False, markup=False)
+    else:
+        out_console.print(
+            "all sections have cells of one kind: --compare random:200 sets them beside random ones", highlight=False
+        )
+    for line in [*(one["verdict"] for one in comparisons), *notes]:
+        out_console.print(line, highlight=False, markup=False)
+
+
+def _statistics_table(comparisons: Sequence[Mapping[str, Any]]) -> None:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("statistic", no_wrap=True)
+    # Random cells of different kinds are drawn alike: one column for all of them.
+    means: dict[str, list[list[float]]] = {}
+    for one in comparisons:
+        for side in ("first", "second"):
+            means.setdefault(one[side], []).append([row[side] for row in one["statistics"]])
+    populations = sorted(means, key=lambda name: name == "random")
+    for column in populations:
+        table.add_column(column, justify="right", no_wrap=True)
+    for one in comparisons:
+        table.add_column(_versus(one), justify="right", no_wrap=True)
+        table.add_column("p (Holm)", justify="right", no_wrap=True)
+    for index, row in enumerate(comparisons[0]["statistics"]):
+        texts = [f"{statistics.fmean(part[index] for part in means[name]):.2f}" for name in populations]
+        for one in comparisons:
+            found = one["statistics"][index]
+            interval = "" if found["low"] is None else f" ({found['low']:.2f} to {found['high']:.2f})"
+            texts += [f"{found['difference']:+.2f}{interval}", f"{found['p_holm']:.2g}"]
+        table.add_row(row["statistic"], *texts)
+    _print_whole(table)
+
+
+def _versus(comparison: Mapping[str, Any]) -> str:
+    return f"{comparison['first']} - {comparison['second']}"

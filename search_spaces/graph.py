@@ -7,6 +7,8 @@ nodes. Every edge carries the name of its operation; the edges into the output c
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
+from itertools import zip_longest
 
 import networkx as nx
 
@@ -80,13 +82,46 @@ def antichain_width(cell: Cell) -> int:
 
 def path_count(cell: Cell) -> int:
     """How many different paths lead from an input to the output; parallel operations make different paths."""
-    paths = dict.fromkeys(INPUTS, 1)
+    return sum(path_lengths(cell))
+
+
+def path_lengths(cell: Cell) -> tuple[int, ...]:
+    """How many paths from an input to the output have 1, 2, ..., ``depth(cell)`` operations."""
+    # paths[node][length]: ways to the node from an input in that many operations.
+    paths: dict[int, tuple[int, ...]] = dict.fromkeys(INPUTS, (1,))
     for node, incoming in zip(intermediate_nodes(cell), cell.nodes, strict=True):
-        paths[node] = sum(paths[edge.source] for edge in incoming)
-    return sum(paths[node] for node in intermediate_nodes(cell))
+        paths[node] = (0, *_added(paths[edge.source] for edge in incoming))
+    return _added(paths[node] for node in intermediate_nodes(cell))[1:]
+
+
+def _added(counts: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    """Sums place by place; a tuple that ends early counts as zeros."""
+    return tuple(map(sum, zip_longest(*counts, fillvalue=0)))
 
 
 def operation_histogram(cell: Cell) -> dict[str, int]:
     """How often each operation occurs, the most frequent first, then by name."""
-    counts = Counter(edge.operation for incoming in cell.nodes for edge in incoming)
-    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    return most_frequent_first(edge.operation for incoming in cell.nodes for edge in incoming)
+
+
+def operations_by_source(cell: Cell) -> dict[str, dict[str, int]]:
+    """The operations that read an "input" of the cell and those that read an "intermediate" node, counted."""
+    edges = [edge for incoming in cell.nodes for edge in incoming]
+    return {
+        "input": most_frequent_first(edge.operation for edge in edges if edge.source in INPUTS),
+        "intermediate": most_frequent_first(edge.operation for edge in edges if edge.source not in INPUTS),
+    }
+
+
+def operations_by_depth(cell: Cell) -> tuple[dict[str, int], ...]:
+    """The operations into nodes of depth 1, 2, ..., ``depth(cell)``, counted."""
+    depths = node_depths(cell)
+    at: list[list[str]] = [[] for _ in range(depth(cell))]
+    for node, incoming in zip(intermediate_nodes(cell), cell.nodes, strict=True):
+        at[depths[node] - 1] += [edge.operation for edge in incoming]
+    return tuple(most_frequent_first(operations) for operations in at)
+
+
+def most_frequent_first(operations: Iterable[str]) -> dict[str, int]:
+    """How often each name occurs, the most frequent first, then by name."""
+    return dict(sorted(Counter(operations).items(), key=lambda item: (-item[1], item[0])))

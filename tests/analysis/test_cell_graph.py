@@ -4,6 +4,7 @@ import itertools
 import random
 import subprocess
 import sys
+from collections import Counter
 
 import networkx as nx
 import pytest
@@ -68,6 +69,26 @@ def test_paths_and_edges_are_those_of_the_graph(cell):
     operations = [operation for _, _, operation in whole.edges(data="operation") if operation != graph.CONCAT]
     assert graph.edge_count(cell) == len(operations)
     assert graph.operation_histogram(cell) == {name: operations.count(name) for name in set(operations)}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_lengths_of_paths_and_places_of_operations_are_those_of_the_graph(cell):
+    whole = graph.cell_graph(cell)
+    found = [len(path) - 1 for node in graph.INPUTS for path in nx.all_simple_edge_paths(whole, node, graph.OUTPUT)]
+    lengths = graph.path_lengths(cell)
+    assert lengths == tuple(found.count(length) for length in range(1, max(found) + 1))
+    assert len(lengths) == graph.depth(cell)
+    edges = [edge for edge in whole.edges(data="operation") if edge[2] != graph.CONCAT]
+    deep = {
+        node: max(len(path) - 1 for source in graph.INPUTS for path in nx.all_simple_paths(whole, source, node))
+        for node in graph.intermediate_nodes(cell)
+        if any(nx.has_path(whole, source, node) for source in graph.INPUTS)
+    }
+    for depth, counts in enumerate(graph.operations_by_depth(cell), start=1):
+        assert counts == Counter(operation for _, target, operation in edges if deep[target] == depth)
+    by_source = graph.operations_by_source(cell)
+    assert by_source["input"] == Counter(operation for source, _, operation in edges if source in graph.INPUTS)
+    assert by_source["intermediate"] == Counter(operation for source, _, operation in edges if source > 1)
 
 
 def test_a_chain_and_a_fan():
