@@ -162,8 +162,8 @@ def with_parameters(spec: ModelSpec, target: int) -> ModelSpec:
 def nonzero_parameters(model: nn.Module) -> int:
     """Parameters of ``model`` as deployed, less the weights that masks hold at zero.
 
-    A mask is a parametrisation with a buffer ``mask`` of the weight's shape. Weights that merely happen to be
-    zero are counted: nothing keeps them there.
+    A mask is a buffer ``mask`` of the weight's shape, in a parametrisation or beside the weight. Weights that merely
+    happen to be zero are counted: nothing keeps them there.
     """
     return sum(_nonzero(network) for network in networks_in(model).values())
 
@@ -171,7 +171,12 @@ def nonzero_parameters(model: nn.Module) -> int:
 def _nonzero(model: nn.Module) -> int:
     masked = 0
     for name, module in model.named_modules():
-        if name.startswith("auxiliary.") or not parametrize.is_parametrized(module):
+        if name.startswith("auxiliary."):
+            continue
+        if not parametrize.is_parametrized(module):
+            mask = getattr(module, "mask", None)
+            if isinstance(mask, Tensor) and "weight" in module._parameters:
+                masked += mask.numel() - int(mask.sum())
             continue
         for parametrisations in module.parametrizations.values():  # type: ignore[union-attr, operator]
             masks = [mask for one in parametrisations if isinstance(mask := getattr(one, "mask", None), Tensor)]

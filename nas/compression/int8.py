@@ -17,6 +17,7 @@ from nas.attacks.pgd import Pgd
 from nas.compression.dataflow import DataFlow, example_images, trace
 from nas.compression.fold_batchnorm import BatchNormFolding
 from nas.compression.layers import Layer, deployed_layers, exchanged
+from nas.compression.masks import kept_by_masks
 from nas.compression.plan import LayerPlan, Plan
 from nas.errors import InputError
 from nas.model_state import evaluating
@@ -189,10 +190,15 @@ class FakeQuantise(nn.Module):
 
 
 class _Weights(nn.Module):
-    """Weight and bias of a layer on their int8 and int32 grids: ``forward()`` gives both."""
+    """Weight and bias of a layer on their int8 and int32 grids: ``forward()`` gives both.
+
+    mask: which weights masks of the layer leave, None without any. Masked weights are zeros and, getting no gradient,
+    stay so.
+    """
 
     scale: Tensor
     zero_point: Tensor
+    mask: Tensor | None
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
@@ -204,6 +210,8 @@ class _Weights(nn.Module):
         scale = torch.where(largest > 1e-30, largest / LARGEST, torch.ones_like(largest))
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", torch.zeros(len(weight), dtype=torch.int8, device=weight.device))
+        # Of the plans before this one, which are applied whenever it is.
+        self.register_buffer("mask", kept_by_masks(layer), persistent=False)
 
     def forward(self, x_scale: Tensor) -> tuple[Tensor, Tensor | None]:
         scale = self.scale.float()
@@ -212,8 +220,10 @@ class _Weights(nn.Module):
         elif self.weight.is_meta:
             weight = self.weight
         else:
+            trained = torch.is_grad_enabled() and self.weight.requires_grad
+            weight = self.weight * self.mask if trained and self.mask is not None else self.weight
             zero_point = self.zero_point.int()
-            weight = torch.fake_quantize_per_channel_affine(self.weight, scale, zero_point, 0, -LARGEST - 1, LARGEST)
+            weight = torch.fake_quantize_per_channel_affine(weight, scale, zero_point, 0, -LARGEST - 1, LARGEST)
         if self.bias is None:
             return weight, None
         # The accumulator of an engine counts in steps of input times weight.
@@ -243,9 +253,9 @@ class QuantisedConv2d(nn.Module):
         y = F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
         return y if self.output is None else self.output(y)
 
-    def stored_bytes(self) -> int:
+    def stored_bytes(self, *, sparse: bool = False) -> int:
         """Of the integers an engine takes, and their steps (``nas.compression.size``)."""
-        return _stored(self)
+        return _stored(self, sparse)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weights.weight.shape)}, stride={self.stride}, padding={self.padding}, groups={self.groups}"
@@ -265,19 +275,25 @@ class QuantisedLinear(nn.Module):
         y = F.linear(self.input(x), *self.weights(self.input.scale))
         return y if self.output is None else self.output(y)
 
-    def stored_bytes(self) -> int:
+    def stored_bytes(self, *, sparse: bool = False) -> int:
         """Of the integers an engine takes, and their steps (``nas.compression.size``)."""
-        return _stored(self)
+        return _stored(self, sparse)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weights.weight.shape)}"
 
 
-def _stored(layer: QuantisedConv2d | QuantisedLinear) -> int:
-    """int8 weights, int32 biases, a float32 step for each output, and step and zero point of each activation."""
-    weight, bias = layer.weights.weight, layer.weights.bias
+def _stored(layer: QuantisedConv2d | QuantisedLinear, sparse: bool) -> int:
+    """int8 weights, int32 biases, a float32 step for each output, and step and zero point of each activation.
+
+    sparse: of masked weights those that are left, and one bit for each place, where that is less.
+    """
+    weight, bias, mask = layer.weights.weight, layer.weights.bias, layer.weights.mask
     activations = 1 if layer.output is None else 2
-    return weight.numel() + 4 * len(weight) + (0 if bias is None else 4 * bias.numel()) + 5 * activations
+    integers = weight.numel()
+    if sparse and mask is not None:
+        integers = min(integers, int(mask.sum()) + -(-mask.numel() // 8))
+    return integers + 4 * len(weight) + (0 if bias is None else 4 * bias.numel()) + 5 * activations
 
 
 def _as_onnx(x: Tensor, scale: Tensor, zero_point: Tensor, **attributes: Any) -> Tensor:

@@ -38,6 +38,15 @@ class Mask(nn.Module):
         return weight * self.mask
 
 
+def kept_by_masks(layer: nn.Module) -> Tensor | None:
+    """Which weights of ``layer`` all its masks leave, bool; None where it has none."""
+    if not parametrize.is_parametrized(layer, "weight"):
+        return None
+    parts: nn.ModuleDict = layer.parametrizations  # type: ignore[assignment]
+    masks = [mask for part in parts["weight"] if isinstance(mask := getattr(part, "mask", None), Tensor)]  # type: ignore[attr-defined]
+    return torch.stack([mask != 0 for mask in masks]).all(0) if masks else None
+
+
 @dataclass(frozen=True)
 class Selection:
     """Which weights of a network stay: those of highest score, of equals the first, as many as ``keep`` says.

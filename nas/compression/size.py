@@ -12,9 +12,9 @@ from torch.nn.utils import parametrize
 
 @runtime_checkable
 class Quantised(Protocol):
-    """A module whose tensors are stored in fewer bytes than they are computed with: those bytes."""
+    """A module whose tensors are stored in fewer bytes than they are computed with: those bytes, as in ``Size``."""
 
-    def stored_bytes(self) -> int: ...
+    def stored_bytes(self, *, sparse: bool = False) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def stored_size(model: nn.Module) -> Size:
             continue
         inside = {id(part) for part in module.modules()}
         if isinstance(module, Quantised):
-            dense, sparse = dense + module.stored_bytes(), sparse + module.stored_bytes()
+            dense, sparse = dense + module.stored_bytes(), sparse + module.stored_bytes(sparse=True)
             counted |= inside
             continue
         if isinstance(module, parametrize.ParametrizationList):

@@ -10,14 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from torchvision.models.vision_transformer import VisionTransformer
 
+from nas.analysis.complexity import nonzero_parameters
 from nas.attacks.pgd import Pgd
 from nas.compression.fold_batchnorm import BatchNormFolding
 from nas.compression.int8 import FakeQuantise, Int8Quantisation, QuantisedConv2d, QuantisedLinear, levels
 from nas.compression.layers import deployed_layers
 from nas.compression.magnitude import MagnitudePruning
 from nas.compression.plan import LayerPlan, Plan
+from nas.compression.size import stored_size
 from nas.data.digits import PLUGIN as Digits
 from nas.data.image_data import ImageData
 from nas.data.split import split
@@ -268,6 +271,24 @@ def test_masked_weights_stay_zero(make, setting):
         part = _quantised(compressed)[name]
         weight, _ = part.weights(part.input.scale)
         assert not bool(weight[layer.weight == 0].any())
+    # They are counted and stored as what masks leave.
+    dense = Int8Quantisation(attack=CLEAN).plan(model, setting).apply(model)
+    masked = nonzero_parameters(model) - nonzero_parameters(pruned)
+    assert nonzero_parameters(dense) - nonzero_parameters(compressed) == masked > 0
+    size, whole = stored_size(compressed), stored_size(dense)
+    competing = sum(layer.weight.numel() for layer in deployed_layers(pruned).values() if is_parametrized(layer))
+    assert size.dense == whole.dense == whole.sparse
+    # A byte for each that is left, a bit for each place, in whole bytes of three layers at most.
+    assert 0 <= size.sparse - (whole.sparse - masked + competing / 8) < 3
+    # Training moves what is left and nothing else.
+    step = torch.optim.SGD(compressed.parameters(), 0.5, momentum=0.9)
+    for _ in range(2):
+        step.zero_grad()
+        F.cross_entropy(compressed(_x(12)), torch.arange(12) % 3).backward()
+        step.step()
+    for name, layer in deployed_layers(pruned).items():
+        moved = _quantised(compressed)[name].weights.weight
+        assert not bool(moved[layer.weight == 0].any()) and not torch.equal(moved, layer.weight)
 
 
 def test_the_twin_is_differentiable_and_can_be_trained(kind, make, setting):
