@@ -33,6 +33,7 @@ from nas.report.comparison_table import markdown
 from nas.report.comparison_verdict import comparison_verdict
 from nas.tensor_file import write_text
 from nas.training.cost import Cost, measure
+from nas.training.cost_sensitive import protected_by
 from nas.training.loop import validate
 from runs.construct import plain
 from runs.contenders import ComparePart, Contender
@@ -304,7 +305,9 @@ def collect(context: Context) -> dict[str, Any]:
     """Everything a comparison found, from the results of its tasks."""
     run, recipe, data = context.run, context.recipe, context.data
     part = _part(recipe)
-    contenders = [_contender(run, part, contender) for contender in part.contenders]
+    # A class that one contender protects is looked at in all.
+    protected = {n for one in part.contenders for n in protected_by(one.train.objective, data.classes)}
+    contenders = [_contender(run, part, contender, protected) for contender in part.contenders]
     results: dict[str, Any] = {
         "schema": 1,
         "kind": "comparison",
@@ -324,6 +327,7 @@ def collect(context: Context) -> dict[str, Any]:
         },
         "genotype": dict(run.genotype or {}),
         "attacks": {name: str(trial) for name, trial in recipe.evaluate.trials.items()},
+        "protected": [data.classes[number] for number in sorted(protected)],
         "contenders": contenders,
         "recipe": flatten(run.table),
         "measured": {contender.name: _measured(run, part, contender) for contender in part.contenders},
@@ -332,7 +336,7 @@ def collect(context: Context) -> dict[str, Any]:
     return results
 
 
-def _contender(run: RunDirectory, part: ComparePart, contender: Contender) -> dict[str, Any]:
+def _contender(run: RunDirectory, part: ComparePart, contender: Contender, protected: set[int]) -> dict[str, Any]:
     """A contender: how it was trained, at what cost, each seed's results, and their mean and deviation."""
     cost, first = cost_of(run, contender), part.contenders[0]
     epochs = epochs_of(run, part, contender)
@@ -352,6 +356,7 @@ def _contender(run: RunDirectory, part: ComparePart, contender: Contender) -> di
         entry.pop("genotype", None)
         seeds.append(entry)
     whole = [entry for entry in seeds if "failed" not in entry]
+    prediction = prediction_of(contender.train.objective)
     return {
         "name": contender.name,
         "network": contender.network,
@@ -366,11 +371,12 @@ def _contender(run: RunDirectory, part: ComparePart, contender: Contender) -> di
             "relative": passes / cost_of(run, first).passes(first.train.training.epochs),
         },
         "runs": seeds,
-        **(_summary(whole) if whole else {}),
+        **({} if prediction is None else {"prediction": str(prediction)}),
+        **(_summary(whole, protected) if whole else {}),
     }
 
 
-def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(runs: list[dict[str, Any]], protected: set[int]) -> dict[str, Any]:
     """Mean and sample deviation over the seeds of whatever was measured in all of them."""
 
     def over(pick: Callable[[dict[str, Any]], float]) -> dict[str, float | None]:
@@ -380,7 +386,8 @@ def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "parameters": runs[0]["parameters"],
         "nonzero": over(lambda run: run["nonzero"]),
-        "bytes": over(lambda run: run["bytes"]["sparse"]),
+        # Runs begun before bytes were counted have none.
+        **({"bytes": over(lambda run: run["bytes"]["sparse"])} if all("bytes" in run for run in runs) else {}),
         "macs": runs[0]["macs"],
         "n": runs[0]["n"],
         "natural": over(lambda run: run["natural"]),
@@ -390,6 +397,8 @@ def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "interval": [statistics.fmean(run["interval"][end] for run in runs) for end in (0, 1)],
         "masking": _masking(runs),
     }
+    if protected and all(run.get("per_class") for run in runs):
+        summary["protected"] = over(lambda run: _share_of(run["per_class"], protected))
     if "certification" in runs[0]:
         curves = [run["certification"] for run in runs]
         shares = [statistics.fmean(values) for values in zip(*(c["certified_accuracy"] for c in curves), strict=True)]
@@ -404,6 +413,12 @@ def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     if "detection" in runs[0]:
         summary["detection"] = _detection([run["detection"] for run in runs])
     return summary
+
+
+def _share_of(rows: list[dict[str, Any]], classes: set[int]) -> float:
+    """Worst-case accuracy on the images of these classes alone."""
+    own = [row for row in rows if row["class"] in classes]
+    return sum(row["worst_case"] * row["n"] for row in own) / max(1, sum(row["n"] for row in own))
 
 
 def _masking(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -38,15 +38,24 @@ def columns(results: Data) -> list[Column]:
         Column("natural", lambda results, contender: spread(contender.get("natural")), _mean_of("natural")),
         Column("worst case", lambda results, contender: spread(contender.get("worst_case")), _mean_of("worst_case")),
         Column("95 % interval", lambda results, contender: interval(contender.get("interval"))),
+        *(_protected(results) if results.get("protected") else []),
         Column("masking", lambda results, contender: masking(contender), number=False),
         *(Column(name, _attack_text(name), _attack_share(name), attack=True) for name in names),
         *([Column("certified (0, sigma)", lambda results, contender: certified_text(contender))] if certified else []),
         *(COMPRESSED if compressed(results) else []),
+        *([ENSEMBLE] if any("prediction" in contender for contender in results["contenders"]) else []),
         Column("epochs", lambda results, contender: f"{contender['epochs']}"),
         Column("passes", lambda results, contender: f"{contender['passes']['relative']:.2f}"),
         Column("seconds", lambda results, contender: seconds(results, contender)),
         Column("memory", lambda results, contender: memory(results, contender)),
     ]
+
+
+def _protected(results: Data) -> list[Column]:
+    """Worst case on the classes that some contender protects."""
+    names = results["protected"]
+    title = f"worst case, {'class' if len(names) == 1 else 'classes'} {', '.join(names)}"
+    return [Column(title, lambda results, contender: spread(contender.get("protected")), _mean_of("protected"))]
 
 
 def compressed(results: Data) -> bool:
@@ -70,6 +79,9 @@ def speed(results: Data, contender: Data, engine: str, batch: str) -> str:
 def _speed_column(engine: str, batch: str, title: str) -> Column:
     return Column(title, lambda results, contender: speed(results, contender, engine, batch))
 
+
+ENSEMBLE = Column("predicts by", lambda results, contender: contender.get("prediction", "one network"), number=False)
+"""Where some contenders predict by several networks or draws."""
 
 COMPRESSED = [
     Column("parameters", lambda results, contender: size(contender, "parameters")),

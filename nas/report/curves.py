@@ -103,7 +103,9 @@ def curves(
     if not series:
         return ""
     with style(PAGE):
-        figure = Figure(figsize=(4.3, 2.9), layout="constrained")
+        # Below the lines stand their names, two in a row at least; a long list needs room of its own.
+        rows = -(-len({one.name for one in series}) // 2)
+        figure = Figure(figsize=(4.3, 2.9 + 0.19 * max(0, rows - 3)), layout="constrained")
         axes = figure.add_subplot()
         handles: dict[str, Line2D] = {}
         for one in series:

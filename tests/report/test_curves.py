@@ -78,3 +78,11 @@ def test_the_same_bytes_in_another_process_with_other_settings(tmp_path):
     environment = {**os.environ, "MATPLOTLIBRC": str(tmp_path), "PYTHONHASHSEED": "7", "PYTHONPATH": root}
     other = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, cwd=tmp_path)
     assert other.stdout.decode() == curves("Accuracy", SERIES, unit="share", boundaries=[2.5])
+
+
+def test_many_names_leave_room_for_the_lines():
+    series = [Series(f"contender {i}", [0, 1], [0.1, 0.9], i) for i in range(24)]
+    few, many = (curves("All", series[:n], unit="share") for n in (4, 24))
+    height = [float(re.search(r'viewBox="0 0 [\d.]+ ([\d.]+)"', svg)[1]) for svg in (few, many)]
+    # matplotlib warns, which is an error here, where the axes have no room left.
+    assert height[1] > height[0] + 9 * 0.19 * 72 - 1
