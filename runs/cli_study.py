@@ -73,7 +73,7 @@ def width_depth(
             # A storage that cannot be used is told before a folder is made.
             from runs.directory import RunDirectory
 
-            ledger_of(RunDirectory(path, "study", table, None), built, storage)
+            ledger_of(RunDirectory(path, "study", table, None), built, storage).close()
             run = create(path, "study", table)
         if not as_json:
             configurations = f"{len(todo.configurations)} configurations, " if todo.configurations else ""

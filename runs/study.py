@@ -39,7 +39,7 @@ from runs.directory import RunDirectory, flatten, open_run, read_json, write_jso
 from runs.pipeline import die_with
 from runs.progress import Observer
 from runs.recipe import Recipe, build
-from runs.study_ledger import Abandoned, Claim, Ledger
+from runs.study_ledger import Abandoned, Claim, Ledger, configuration_of
 from runs.study_part import StudyPart
 from runs.study_record import csv_of
 from runs.study_sampling import Drawing, told
@@ -148,11 +148,20 @@ def carry_out(run: RunDirectory, workers: int, storage: str, observer: Observer)
     """Work on the study of ``run`` until it is over, with ``workers`` processes beside those that others started."""
     recipe = build(run.table)
     device_of(recipe.general.device)
-    todo, ledger = plan(recipe), ledger_of(run, recipe, storage)
-    _check_data(ledger, recipe)
+    todo = plan(recipe)
+    with contextlib.closing(ledger_of(run, recipe, storage)) as ledger:
+        _check_data(ledger, recipe)
+        _with_workers(run, workers, storage, observer, todo, ledger)
+
+
+def _with_workers(
+    run: RunDirectory, workers: int, storage: str, observer: Observer, todo: Plan, ledger: Ledger
+) -> None:
     context = multiprocessing.get_context("spawn")
     running: list[tuple[Any, Connection]] = []
-    told: set[str] = set()
+    told = {key for key, trial in ledger.standing().items() if trial.state != TrialState.RUNNING}
+    if told:
+        observer.finished(f"{len(told)} trials", 0.0)
     died = 0
     try:
         for _ in range(workers):
@@ -195,13 +204,12 @@ def _over(process: Any, connection: Connection) -> int:
 
 
 def _tell(ledger: Ledger, observer: Observer, told: set[str]) -> None:
-    """Tell of trials that are done, those done before at the first look."""
-    first = not told
+    """Tell of trials that were done since the last look."""
     for key, trial in ledger.standing().items():
         if trial.state != TrialState.RUNNING and key not in told:
             results = trial.user_attrs.get("results", [])
             seconds = sum(result["seconds"] for result in results)
-            observer.finished(f"trials/{key}", 0.0 if first else max(seconds, 0.01))
+            observer.finished(f"trials/{key}", max(seconds, 0.01))
             told.add(key)
 
 
@@ -226,7 +234,8 @@ def work(run: RunDirectory, storage: str) -> None:
     recipe = build(run.table)
     torch.set_num_threads(recipe.general.threads)
     todo = plan(recipe)
-    Worker(run, recipe, todo, ledger_of(run, recipe, storage)).work()
+    with contextlib.closing(ledger_of(run, recipe, storage)) as ledger:
+        Worker(run, recipe, todo, ledger).work()
 
 
 class Worker:
@@ -242,8 +251,10 @@ class Worker:
     def work(self) -> None:
         """Until the study is over."""
         while True:
-            self.ledger.reap()
-            claim = self._next()
+            trials = self.ledger.trials()
+            if self.ledger.reap(trials):
+                continue
+            claim = self._next(trials)
             if claim is not None:
                 self._do(claim)
             elif over(self.todo, self.ledger):
@@ -258,10 +269,10 @@ class Worker:
             return len(standing) >= self.todo.size or any(t.state == TrialState.RUNNING for t in standing)
         return not self.ledger.open(self.trials)
 
-    def _next(self) -> Claim | None:
+    def _next(self, trials: list[FrozenTrial]) -> Claim | None:
         if self.todo.drawing is not None:
-            return self.todo.drawing.claim(self.ledger)
-        free = self.ledger.open(self.trials)
+            return self.todo.drawing.claim(self.ledger, trials)
+        free = self.ledger.open(self.trials, trials)
         if not free:
             return None
         # The first; after a race was lost, another one, so that workers that begin together go apart.
@@ -283,7 +294,8 @@ class Worker:
                 claim.fail(str(failure))
             except Abandoned:
                 raise
-            except BaseException:
+            except Exception:
+                claim.ask()  # in the folder of a trial that is another's by now, anything may have been missing
                 self.ledger.end(claim.trial, "stopped")
                 raise
             finally:
@@ -296,8 +308,8 @@ class Worker:
             results = [self._result(claim, configuration, seed, True)]
             claim.finish([results[0]["observation"]["robust"]], results=results)
             return
-        attributes = self.ledger.storage.get_trial(claim.trial).user_attrs
-        configuration = Configuration.from_data(attributes["configuration"])
+        trial = self.ledger.storage.get_trial(claim.trial)
+        configuration = Configuration.from_data(configuration_of(trial))
         results = [self._result(claim, configuration, seed, i == 0) for i, seed in enumerate(part.seeds)]
         observations = [result["observation"] for result in results]
         values = [statistics.fmean(float(one[name]) for one in observations) for name in part.objectives]
@@ -357,19 +369,20 @@ def _check_data(ledger: Ledger, recipe: Recipe) -> None:
 def collect(run: RunDirectory, storage: str) -> dict[str, Any]:
     """Everything a study found so far, from its storage. The same for equal recipes of a grid, but for "measured"."""
     recipe = build(run.table)
-    part, ledger = study_part(recipe), ledger_of(run, recipe, storage)
-    standing = ledger.standing()
+    part = study_part(recipe)
+    with contextlib.closing(ledger_of(run, recipe, storage)) as ledger:
+        standing, data = ledger.standing(), ledger.study.user_attrs.get("data", {})
     entries = sorted(
         (entry for trial in standing.values() if trial.state == TrialState.COMPLETE for entry in _entries(trial)),
         key=lambda entry: _order(entry["observation"]),
     )
     pruned = [
-        {"key": key, "configuration": trial.user_attrs["configuration"], **trial.user_attrs["pruned"]}
+        {"key": key, "configuration": configuration_of(trial), **trial.user_attrs["pruned"]}
         for key, trial in sorted(standing.items())
         if trial.state == TrialState.PRUNED
     ]
     failed = [
-        {"key": key, "configuration": trial.user_attrs["configuration"], "reason": trial.user_attrs["failed"]}
+        {"key": key, "configuration": configuration_of(trial), "reason": trial.user_attrs["failed"]}
         for key, trial in sorted(standing.items())
         if trial.state == TrialState.FAIL
     ]
@@ -381,7 +394,7 @@ def collect(run: RunDirectory, storage: str) -> dict[str, Any]:
         "seeds": list(part.seeds),
         "objectives": list(part.objectives),
         "threat_model": {"norm": recipe.threat_model.norm, "epsilon": recipe.threat_model.epsilon},
-        "data": ledger.study.user_attrs.get("data", {}),
+        "data": data,
         "attacks": {name: str(trial) for name, trial in recipe.evaluate.trials.items()},
         "trials": {
             "complete": sum(trial.state == TrialState.COMPLETE for trial in standing.values()),
@@ -409,7 +422,7 @@ def write_results(run: RunDirectory, results: Mapping[str, Any]) -> None:
 
 
 def _entries(trial: FrozenTrial) -> list[dict[str, Any]]:
-    genotype = trial.user_attrs["configuration"]
+    genotype = configuration_of(trial)
     return [{**result, "built": genotype} for result in trial.user_attrs.get("results", [])]
 
 

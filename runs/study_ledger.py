@@ -32,6 +32,7 @@ Nothing is lost: a study is over only when every key is settled by a trial that 
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import sys
@@ -49,10 +50,15 @@ from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from runs.study_storage import close_storage
+
 T = TypeVar("T")
 
 GRACE = 4.0
 """Heartbeats after which a worker that gave none has lost its trial."""
+
+TASK = "task"
+"""The attribute of a trial that says what it is: its key, its configuration, who works on it."""
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -98,6 +104,8 @@ class Ledger:
     say: Callable[[str], None] = lambda line: None
     clock: Callable[[], float] = time.monotonic
     _beats: dict[int, tuple[int, float]] = field(default_factory=dict)
+    _ended: int = 0
+    _settled: dict[str, FrozenTrial] = field(default_factory=dict)
 
     @property
     def storage(self) -> BaseStorage:
@@ -115,22 +123,37 @@ class Ledger:
         pid = os.getpid()
         return {"machine": _machine(), "pid": pid, "born": _born(pid)}
 
+    def close(self) -> None:
+        """Close the storage."""
+        close_storage(self.storage)
+
     def trials(self) -> list[FrozenTrial]:
         """All trials in the order of their numbers; look at them only."""
         return self.insist(lambda: self.storage.get_all_trials(self.study._study_id, deepcopy=False))
 
-    def standing(self, trials: Iterable[FrozenTrial] | None = None) -> dict[str, FrozenTrial]:
+    def standing(self, trials: Sequence[FrozenTrial] | None = None) -> dict[str, FrozenTrial]:
         """The trial that stands for each key that has one: the lowest of them, as all but one give up."""
-        found: dict[str, FrozenTrial] = {}
-        for trial in self.trials() if trials is None else trials:
-            key = trial.user_attrs.get("key")
+        recent = self._recent(self.trials() if trials is None else trials)
+        found = dict(self._settled)
+        for trial in recent:
+            key = key_of(trial)
             if key is not None and stands(trial):
                 found.setdefault(key, trial)
         return found
 
-    def open(self, keys: Iterable[str]) -> list[str]:
+    def _recent(self, trials: Sequence[FrozenTrial]) -> Sequence[FrozenTrial]:
+        """``trials`` without those at their beginning that have all ended, which are looked at once and for all."""
+        while self._ended < len(trials) and trials[self._ended].state.is_finished():
+            trial = trials[self._ended]
+            key = key_of(trial)
+            if key is not None and settled(trial):
+                self._settled.setdefault(key, trial)
+            self._ended += 1
+        return trials[self._ended :]
+
+    def open(self, keys: Iterable[str], trials: Sequence[FrozenTrial] | None = None) -> list[str]:
         """Those of ``keys`` that nobody works on or has settled."""
-        standing = self.standing()
+        standing = self.standing(trials)
         return [key for key in keys if key not in standing]
 
     def claim(
@@ -141,35 +164,35 @@ class Ledger:
         distributions: Mapping[str, BaseDistribution] | None = None,
     ) -> Claim | None:
         """A trial of ``key`` that only this worker has, or None where another was quicker."""
-        attributes = {"key": key, "configuration": dict(configuration), "owner": self.owner, "beat": 0}
+        # One attribute, not several: in a database each is a question and an answer.
+        attributes = {TASK: {"key": key, "configuration": dict(configuration), "owner": self.owner}}
         template = create_trial(
             state=TrialState.RUNNING,
             params=dict(params or {}),
             distributions=dict(distributions or {}),
             user_attrs=attributes,
         )
-        trial = self.storage.create_new_trial(self.study._study_id, template)
-        for other in self.trials():
-            if other._trial_id == trial:
-                break
-            if other.user_attrs.get("key") == key and stands(other):
-                self.end(trial, "taken")
-                return None
+        trial = self.insist(lambda: self.storage.create_new_trial(self.study._study_id, template))
+        # The own one has not ended: whatever has settled a key before all that runs is of a lower number.
+        before = itertools.takewhile(lambda other: other._trial_id != trial, self._recent(self.trials()))
+        if any(key_of(other) == key and stands(other) for other in before) or key in self._settled:
+            self.end(trial, "taken")
+            return None
         return Claim(self, trial, key)
 
     def begin(self) -> int:
         """A running trial without a key yet, for a sampler to fill."""
-        template = create_trial(state=TrialState.RUNNING, user_attrs={"owner": self.owner, "beat": 0})
-        return self.storage.create_new_trial(self.study._study_id, template)
+        template = create_trial(state=TrialState.RUNNING, user_attrs={TASK: {"owner": self.owner}})
+        return self.insist(lambda: self.storage.create_new_trial(self.study._study_id, template))
 
     def name(self, trial: int, key: str, configuration: Mapping[str, Any]) -> Claim | FrozenTrial | None:
         """Give the trial of a sampler its key: the claim; or the trial that has settled this key before; or None.
 
         Without a claim, the trial is still to be ended.
         """
-        self.storage.set_trial_user_attr(trial, "configuration", dict(configuration))
-        self.storage.set_trial_user_attr(trial, "key", key)
-        others = [t for t in self.trials() if t._trial_id != trial and t.user_attrs.get("key") == key and stands(t)]
+        task = {"key": key, "configuration": dict(configuration), "owner": self.owner}
+        self.insist(lambda: self.storage.set_trial_user_attr(trial, TASK, task))
+        others = [t for t in self.trials() if t._trial_id != trial and key_of(t) == key and stands(t)]
         settled = next((other for other in others if other.state == TrialState.COMPLETE), None)
         if others:
             return settled
@@ -183,19 +206,21 @@ class Ledger:
         except UpdateFinishedTrialError:
             pass
 
-    def reap(self) -> int:
+    def reap(self, trials: Sequence[FrozenTrial] | None = None) -> int:
         """End the trials whose workers are gone; returns how many."""
-        count, now, here = 0, self.clock(), _machine()
-        running = [trial for trial in self.trials() if trial.state == TrialState.RUNNING]
+        count, now = 0, self.clock()
+        recent = self._recent(self.trials() if trials is None else trials)
+        running = [trial for trial in recent if trial.state == TrialState.RUNNING]
+        here = _machine() if running else ""
         for trial in running:
-            owner, beat = trial.user_attrs.get("owner"), int(trial.user_attrs.get("beat", 0))
+            owner, beat = trial.user_attrs.get(TASK, {}).get("owner"), int(trial.user_attrs.get("beat", 0))
             gone = owner is not None and owner["machine"] == here and _born(owner["pid"]) != owner["born"]
             seen = self._beats.get(trial._trial_id)
             if seen is None or seen[0] != beat:
                 self._beats[trial._trial_id] = (beat, now)
             if gone or (seen is not None and seen[0] == beat and now - seen[1] > self.grace):
                 why = "its process is gone" if gone else f"it gave no sign of life for {self.grace:.0f} s"
-                self.say(f"trial {trial.number} ({trial.user_attrs.get('key', 'not begun')}) is taken over: {why}")
+                self.say(f"trial {trial.number} ({key_of(trial) or 'not begun'}) is taken over: {why}")
                 self.end(trial._trial_id, f"lost: {why}")
                 count += 1
         self._beats = {t._trial_id: self._beats[t._trial_id] for t in running if t._trial_id in self._beats}
@@ -240,8 +265,14 @@ class Claim:
 
     def check(self) -> None:
         """Raise ``Abandoned`` if the trial is lost; after a pause, ask before going on."""
+        if self._lost:
+            raise Abandoned(self.key)
         if self.ledger.clock() - self._renewed > self.ledger.grace / 2:
-            self.ledger.insist(self._renew)
+            self.ask()
+
+    def ask(self) -> None:
+        """Give a sign of life now; raise ``Abandoned`` if the trial is lost."""
+        self.ledger.insist(self._renew)
         if self._lost:
             raise Abandoned(self.key)
 
@@ -296,6 +327,18 @@ class Claim:
                 self._renew()
             except StorageInternalError:
                 continue  # for a while; ``check`` insists
+
+
+def key_of(trial: FrozenTrial) -> str | None:
+    """What a trial is an attempt at; None before its sampler has drawn."""
+    key: str | None = trial.user_attrs.get(TASK, {}).get("key")
+    return key
+
+
+def configuration_of(trial: FrozenTrial) -> dict[str, Any]:
+    """What a trial was claimed for."""
+    found: dict[str, Any] = trial.user_attrs[TASK]["configuration"]
+    return found
 
 
 def stands(trial: FrozenTrial) -> bool:

@@ -122,7 +122,8 @@ class StudyPart:
     configurations: all of the "grid"; "depths" or "widths" only, the rest as in ``baseline``; or a list of tables, one
     for each configuration. seeds: each configuration is trained once with each. rungs: cheaper trainings that go
     before, after each of which the pruner may stop. heartbeat: seconds between signs of life of a worker; one that
-    gives none for four times as long has lost its trial. latency: whether it is measured.
+    gives none for four times as long has lost its trial. latency: whether it is measured. keep_networks: whether the
+    weights of all trained networks stay in the folder; checkpoints never do.
     """
 
     space: str = ""
@@ -143,6 +144,7 @@ class StudyPart:
     rungs: tuple[Rung, ...] = ()
     heartbeat: float = 60.0
     latency: bool = False
+    keep_networks: bool = True
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or not all(0 <= s < 2**63 for s in self.seeds):

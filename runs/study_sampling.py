@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nas.errors import InputError
 from nas.randomness import derived_seed
-from runs.study_ledger import Claim, Ledger, stands
+from runs.study_ledger import Claim, Ledger, configuration_of, key_of, stands
 from runs.study_part import Sampling, StudyPart
 from runs.study_space import Axes, Axis, Costs, fits, refusal
 
@@ -55,14 +55,13 @@ class Drawing:
         """Whether as many trials are settled as the sampler has."""
         return sum(stands(t) and t.state != TrialState.RUNNING for t in trials) >= self.sampling.trials
 
-    def claim(self, ledger: Ledger) -> Claim | None:
+    def claim(self, ledger: Ledger, trials: list[FrozenTrial]) -> Claim | None:
         """A trial of a configuration that nobody has, one that was lost first; None where there is none now."""
-        trials = ledger.trials()
         standing = ledger.standing(trials)
         for trial in trials:
-            key = trial.user_attrs.get("key")
+            key = key_of(trial)
             if trial.state == TrialState.FAIL and key is not None and key not in standing and _was_lost(trial):
-                claim = ledger.claim(key, trial.user_attrs["configuration"], trial.params, trial.distributions)
+                claim = ledger.claim(key, configuration_of(trial), trial.params, trial.distributions)
                 if claim is not None and self._surplus(ledger, claim.trial):
                     ledger.end(claim.trial, "enough")
                     return None

@@ -66,6 +66,15 @@ def open_storage(where: str) -> BaseStorage:
     return _database(where) if "://" in where else _journal(Path(where))
 
 
+def close_storage(storage: BaseStorage) -> None:
+    """Close the connections of a database; a journal has none."""
+    backend: Any = getattr(storage, "_backend", None)
+    engine = getattr(backend, "engine", None)
+    if engine is not None:
+        backend.remove_session()
+        engine.dispose()
+
+
 def without_password(where: str) -> str:
     """The address as it may be written down: a password is asked of PGPASSWORD or ~/.pgpass, as everywhere."""
     scheme, separator, rest = where.partition("://")
@@ -96,7 +105,11 @@ def open_study(
             study.set_user_attr("recipe", json.loads(json.dumps(table)))
             study.set_user_attr("digest", digest)
     except optuna.exceptions.StorageInternalError as error:
+        close_storage(storage)
         raise _unreachable(where, error) from None
+    except InputError:
+        close_storage(storage)
+        raise
     return study
 
 
@@ -132,7 +145,7 @@ def _database(where: str) -> BaseStorage:
 
     for attempt in range(1, TRIES + 1):
         try:
-            engine = {"pool_pre_ping": True, "connect_args": {"connect_timeout": 10}}
+            engine = {"connect_args": {"connect_timeout": 10}}
             return optuna.storages.get_storage(
                 optuna.storages.RDBStorage(f"postgresql+psycopg://{rest}", engine_kwargs=engine)
             )

@@ -9,6 +9,7 @@ configurations.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -65,14 +66,12 @@ def carry_out(
         return result
     folder.mkdir(parents=True, exist_ok=True)
     clock = _Clock(folder / "timing.json")
-    if report is not None:
-        _climb(context, part, configuration, folder, report)
-    training = context.recipe.train.training
     if not (folder / "trained.json").exists():
-        spec, model, objective = to_train(context, configuration.genotype, NETWORK, configuration.channels)
-        heard = _heard(report, None, sum(rung.epochs for rung in part.rungs))
-        records = train_in(context, model, objective, training, folder, NETWORK, heard=heard)
-        write_json(model_result(spec, model, folder, records), folder / "trained.json")
+        try:
+            _train(context, part, configuration, folder, report)
+        except Pruned:
+            clear(folder, False)
+            raise
         clock.lap()
     trained = read_json(folder / "trained.json")
     spec, network = load_model(folder, context.device)
@@ -93,7 +92,7 @@ def carry_out(
         stage_parameters=tuple(parameters for parameters, _ in stages),
         stage_macs=tuple(macs for _, macs in stages),
         seed=seed,
-        epochs=training.epochs,
+        epochs=context.recipe.train.training.epochs,
         natural=found["natural"],
         robust=found["worst_case"],
         n=found["n"],
@@ -112,7 +111,19 @@ def carry_out(
         "seconds": clock.total,
     }
     write_json(result, done)
+    clear(folder, part.keep_networks)
     return result
+
+
+def clear(folder: Path, keep_network: bool) -> None:
+    """Remove what only an unfinished trial needs: of thousands of trials it would fill a disk."""
+    for rung in folder.glob("rung-*"):
+        shutil.rmtree(rung, ignore_errors=True)
+    names = ["checkpoint.safetensors", "progress.safetensors"]
+    if not keep_network:
+        names += ["model.json", "model.safetensors"]
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
 
 
 def observation_from(data: Mapping[str, Any]) -> Observation:
@@ -132,20 +143,23 @@ def measures_of(context: Context, network: torch.nn.Module, seed: int) -> dict[s
     return {}
 
 
-def _climb(context: Context, part: StudyPart, configuration: Configuration, folder: Path, report: Report) -> None:
-    """The cheaper trainings, each from the beginning, after which a pruner may stop."""
-    before = 0
-    for index, rung in enumerate(part.rungs):
+def _train(
+    context: Context, part: StudyPart, configuration: Configuration, folder: Path, report: Report | None
+) -> None:
+    """The full training; before it the cheaper ones, each from the beginning, after which a pruner may stop."""
+    training, before = context.recipe.train.training, 0
+    for index, rung in enumerate(part.rungs if report is not None else ()):
         place = folder / f"rung-{index}"
         place.mkdir(exist_ok=True)
         _, model, objective = to_train(context, configuration.genotype, NETWORK, configuration.channels)
-        training = dataclasses.replace(context.recipe.train.training, epochs=rung.epochs)
-        rows = share(context, rung.data)
         train_in(
-            context, model, objective, training, place, f"{NETWORK} rung {index}",
-            rows=rows, heard=_heard(report, index, before),
+            context, model, objective, dataclasses.replace(training, epochs=rung.epochs), place,
+            f"{NETWORK} rung {index}", rows=share(context, rung.data), heard=_heard(report, index, before),
         )  # fmt: skip
         before += rung.epochs
+    spec, model, objective = to_train(context, configuration.genotype, NETWORK, configuration.channels)
+    records = train_in(context, model, objective, training, folder, NETWORK, heard=_heard(report, None, before))
+    write_json(model_result(spec, model, folder, records), folder / "trained.json")
 
 
 def share(context: Context, data: float) -> Split:
