@@ -150,8 +150,9 @@ def carry_out(run: RunDirectory, workers: int, storage: str, observer: Observer)
     device_of(recipe.general.device)
     todo = plan(recipe)
     with contextlib.closing(ledger_of(run, recipe, storage)) as ledger:
-        _check_data(ledger, recipe)
-        _with_workers(run, workers, storage, observer, todo, ledger)
+        check_data(ledger, recipe)
+        # Where nothing is left to do, no worker has to start first to find that out.
+        _with_workers(run, 0 if over(todo, ledger) else workers, storage, observer, todo, ledger)
 
 
 def _with_workers(
@@ -345,7 +346,7 @@ def over(todo: Plan, ledger: Ledger) -> bool:
     return all(key in standing and standing[key].state != TrialState.RUNNING for key in todo.trials)
 
 
-def _check_data(ledger: Ledger, recipe: Recipe) -> None:
+def check_data(ledger: Ledger, recipe: Recipe) -> None:
     """Raise ``InputError`` if this machine's images are not those of the study."""
     data = recipe.data.source()
     own = {

@@ -100,7 +100,10 @@ def open_study(
                 f"{without_password(where)} holds a study '{name}' of another recipe ({foreign[0]}, this one has "
                 f"{digest}): resume that one, or give this one another name by --set name=..."
             )
-        study = optuna.create_study(storage=storage, study_name=stored, directions=directions, load_if_exists=True)
+        if stored in others:
+            study = optuna.load_study(storage=storage, study_name=stored)
+        else:
+            study = optuna.create_study(storage=storage, study_name=stored, directions=directions, load_if_exists=True)
         if "recipe" not in study.user_attrs:
             study.set_user_attr("recipe", json.loads(json.dumps(table)))
             study.set_user_attr("digest", digest)

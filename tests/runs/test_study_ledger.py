@@ -163,7 +163,7 @@ def test_a_dead_process_of_this_machine_is_known_at_once(opened: Open, monkeypat
     monkeypatch.undo()
     assert watcher.reap() == 0
     process.kill()
-    process.wait()
+    process.communicate()
     assert watcher.reap() == 1 and watcher.open(["a"]) == ["a"]
 
 
@@ -267,7 +267,7 @@ def test_the_lock_of_a_killed_holder_is_free(tmp_path: Path) -> None:
     journal.touch()
     code = (
         f"from runs.study_storage import JournalLock; from pathlib import Path; import time\n"
-        f"JournalLock(Path({str(journal)!r})).acquire(); print('held', flush=True); time.sleep(60)"
+        f"lock = JournalLock(Path({str(journal)!r})); lock.acquire(); print('held', flush=True); time.sleep(20)"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment)
