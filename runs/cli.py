@@ -12,7 +12,7 @@ import typer
 from nas.errors import Failure, InputError, nearest
 from runs.cli_analyse import analyse
 from runs.cli_finished import attack, compress, export, report
-<<<<<<< HEAD
+from runs.cli_study import study
 from runs.show import (
     comparison_table,
     error_console,
@@ -21,10 +21,6 @@ from runs.show import (
     out_console,
     topology_table,
 )
-=======
-from runs.cli_study import study
-from runs.show import comparison_table, error_console, models_table, next_commands, out_console, topology_table
->>>>>>> 51c410b (Studies of width and depth: recipe table, ledger of trials, workers, samplers, command line (first whole form))
 from search_spaces.genotype import AnyGenotype, Genotype, GenotypeError
 
 app = typer.Typer(
