@@ -102,7 +102,7 @@ def plan(recipe: Recipe) -> Plan:
         drawing = Drawing(part, axes, costs, recipe.general.seed)
         drawing.check()
         return Plan(part, (), drawing)
-    found = planned(part, axes, costs)
+    found = planned(part, axes, costs, recipe.general.seed)
     for one in {min(found, key=_bulk), max(found, key=_bulk)}:
         costs(one)  # what cannot be built for the data is told before the first training
     return Plan(part, tuple(found), None)

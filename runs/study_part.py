@@ -120,10 +120,11 @@ class StudyPart:
     section) are varied.
 
     configurations: all of the "grid"; "depths" or "widths" only, the rest as in ``baseline``; or a list of tables, one
-    for each configuration. seeds: each configuration is trained once with each. rungs: cheaper trainings that go
-    before, after each of which the pruner may stop. heartbeat: seconds between signs of life of a worker; one that
-    gives none for four times as long has lost its trial. latency: whether it is measured. keep_networks: whether the
-    weights of all trained networks stay in the folder; checkpoints never do.
+    for each configuration. draw: so many of them, at random by the recipe's seed; 0 for all. seeds: each configuration
+    is trained once with each. rungs: cheaper trainings that go before, after each of which the pruner may stop.
+    heartbeat: seconds between signs of life of a worker; one that gives none for four times as long has lost its trial.
+    latency: whether it is measured. keep_networks: whether the weights of all trained networks stay in the folder;
+    checkpoints never do.
     """
 
     space: str = ""
@@ -136,6 +137,7 @@ class StudyPart:
     sections: tuple[tuple[str, ...], ...] = ()
     configurations: Literal["grid", "depths", "widths"] | tuple[Mapping[str, Any], ...] = "grid"
     baseline: Mapping[str, Any] = field(default_factory=dict)
+    draw: int = 0
     seeds: tuple[int, ...] = (0, 1, 2)
     budget: Budget | None = None
     limits: Limits = field(default_factory=Limits)
@@ -149,6 +151,8 @@ class StudyPart:
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or not all(0 <= s < 2**63 for s in self.seeds):
             raise InputError(f"seeds must be at least one number of at least 0, each once, not {list(self.seeds)}")
+        if self.draw < 0:
+            raise InputError(f"draw must be at least 0 (0 = all configurations), not {self.draw}")
         if not self.heartbeat > 0:
             raise InputError(f"heartbeat must be above 0 seconds, not {self.heartbeat}")
         if bool(self.space) == bool(self.genotype):
@@ -167,8 +171,8 @@ class StudyPart:
             )
         if self.pruner is not None and self.objectives != ("robust",):
             raise InputError("a pruner goes by accuracy under attack: look for 'robust', or leave the pruner out")
-        if self.sampler is not None and (self.configurations != "grid" or self.budget is not None):
-            raise InputError("a sampler chooses the configurations itself: leave 'configurations' and 'budget' out")
+        if self.sampler is not None and (self.configurations != "grid" or self.budget is not None or self.draw):
+            raise InputError("a sampler chooses configurations itself: leave 'configurations', 'budget', 'draw' out")
 
     @property
     def objectives(self) -> tuple[str, ...]:

@@ -18,9 +18,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nas.analysis.complexity import complexity
 from nas.errors import InputError
 from nas.model_file import ModelSpec
+from nas.randomness import generator
 from runs.construct import check_keys
 from runs.study_part import Budget, Limits, StudyPart
 from search_spaces.catalogue import load_genotype, space_of
@@ -261,7 +264,7 @@ class Costs:
             yield name, (depths[index], widths[index], seen, rest)
 
 
-def planned(part: StudyPart, axes: Axes, costs: Costs) -> list[Configuration]:
+def planned(part: StudyPart, axes: Axes, costs: Costs, seed: int = 0) -> list[Configuration]:
     """The configurations of a study without a sampler, each once. Raises ``InputError`` where none is left."""
     if isinstance(part.configurations, str):
         if part.configurations == "grid":
@@ -275,13 +278,15 @@ def planned(part: StudyPart, axes: Axes, costs: Costs) -> list[Configuration]:
             raise InputError("study.configurations is an empty list")
         stated = enumerate(part.configurations)
         found = (axes.configuration(axes.values(t, f"study.configurations[{i}]")) for i, t in stated)
-    whole = list({one.digest: one for one in found}.values())
-    if part.budget is None and not (part.limits.parameters or part.limits.macs):
-        return whole
-    counted = [(one, *costs(one)) for one in whole]
-    kept = [one for one, parameters, macs in counted if fits(part.budget, part.limits, parameters, macs)]
-    if not kept:
-        raise InputError(refusal(part.budget, part.limits, counted))
+    kept = list({one.digest: one for one in found}.values())
+    if part.budget is not None or part.limits.parameters or part.limits.macs:
+        counted = [(one, *costs(one)) for one in kept]
+        kept = [one for one, parameters, macs in counted if fits(part.budget, part.limits, parameters, macs)]
+        if not kept:
+            raise InputError(refusal(part.budget, part.limits, counted))
+    if 0 < part.draw < len(kept):
+        drawn = torch.randperm(len(kept), generator=generator(seed, "configurations"))[: part.draw]
+        kept = [kept[index] for index in sorted(drawn.tolist())]
     return kept
 
 

@@ -54,9 +54,9 @@ def children(parent: int) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and "spawn_main" in (entry / "cmdline").read_text():
-                if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
-                    found.append(int(entry.name))
+            worker = entry.name.isdigit() and "spawn_main" in (entry / "cmdline").read_text()
+            if worker and int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(entry.name))
         except OSError:
             continue
     return sorted(found)

@@ -64,6 +64,14 @@ def test_a_slice_is_what_the_networks_themselves_cost(what: str) -> None:
     assert {one.digest for one in found} == near and 1 < len(near) < len(every)
 
 
+def test_some_are_drawn_at_random_by_the_seed() -> None:
+    part = study_from({**GRID, "draw": 10})
+    every = plan(GRID)
+    one, again, other = (planned(part, axes_of(part), Costs(spec), seed) for seed in (0, 0, 1))
+    assert one == again != other and len(set(one)) == len(set(other)) == 10
+    assert set(one) < set(every) and plan({**GRID, "draw": 1000}) == every
+
+
 def test_an_impossible_budget_names_the_nearest() -> None:
     costs = sorted({complexity(spec(one)).parameters for one in plan(GRID)})
     with pytest.raises(
@@ -146,7 +154,7 @@ def test_the_digest_tells_base_channels_apart() -> None:
         ({"budget": {"parameters": 1, "macs": 1}}, "either parameters or macs"),
         ({"sampler": {"name": "tep", "trials": 3}}, "did you mean 'tpe'"),
         ({"sampler": {"name": "tpe", "trials": 3, "objectives": ["robst"]}}, "did you mean 'robust'"),
-        ({"sampler": {"name": "tpe", "trials": 3}, "configurations": "depths"}, "chooses the configurations itself"),
+        ({"sampler": {"name": "tpe", "trials": 3}, "configurations": "depths"}, "chooses configurations itself"),
         ({"pruner": {"name": "medien"}}, "did you mean 'median'"),
         ({"pruner": {"name": "median", "n_warmup": 3}}, "did you mean 'n_warmup_steps'"),
         ({"pruner": {"name": "percentile", "percentile": 200.0}}, "study.pruner: "),
