@@ -12,6 +12,8 @@ import typer
 from nas.errors import InputError
 from runs.show import error_console, next_commands, out_console, study_table
 
+COMMAND = "study width-depth"
+
 study = typer.Typer(
     help="Studies of width and depth: which sizes of the stages make a network robust.", no_args_is_help=True
 )
@@ -46,10 +48,11 @@ def width_depth(
     The same command with --resume (the folder on a file system that all see), or with the same --storage, started on
     other machines, helps.
     """
-    from runs.directory import check_same_recipe, create, default_path
+    from runs.directory import RunDirectory, check_same_recipe, create, default_path
     from runs.progress import observer
     from runs.recipe import build, read_table
     from runs.study import carry_out, collect, ledger_of, plan, storage_of, write_results
+    from runs.tasks import device_of
 
     table = read_table(recipe, set_ or [], seed) if recipe is not None else None
     if resume is not None:
@@ -67,14 +70,11 @@ def width_depth(
         built = build(table)
         todo = plan(built)
         path = out or default_path(built.general.name)
-        if (path / "run.json").is_file() or storage is None:
-            run = create(path, "study", table)
-        else:
-            # A storage that cannot be used is told before a folder is made.
-            from runs.directory import RunDirectory
-
-            ledger_of(RunDirectory(path, "study", table, None), built, storage).close()
-            run = create(path, "study", table)
+        device_of(built.general.device)
+        if storage is not None:
+            # One that cannot be used is told before a folder is made.
+            ledger_of(RunDirectory(path, COMMAND, table, None), built, storage).close()
+        run = create(path, COMMAND, table)
         if not as_json:
             configurations = f"{len(todo.configurations)} configurations, " if todo.configurations else ""
             note = f"{run.path}: {configurations}{todo.size} trials"
@@ -158,7 +158,7 @@ def open_study_run(folder: Path) -> Any:
     from runs.directory import open_run
 
     run = open_run(folder)
-    if run.command != "study":
+    if run.command != COMMAND:
         raise InputError(f"{folder} was begun by 'nas {run.command}', it is not a study")
     return run
 

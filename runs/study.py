@@ -121,6 +121,8 @@ def study_part(recipe: Recipe) -> StudyPart:
 
 def storage_of(run: RunDirectory, given: str | None = None) -> str:
     """Where the trials of a study are: as given, or as it was begun."""
+    if given is not None and "://" not in given:
+        given = str(Path(given).resolve())
     path = run.path / "storage.json"
     kept: str | None = read_json(path)["storage"] if path.exists() else None
     if given is not None:

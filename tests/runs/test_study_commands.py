@@ -42,7 +42,7 @@ def begun(folder: Path, more: str = "", **changes: Any) -> Path:
     from runs.directory import create
     from runs.recipe import read_table
 
-    return create(folder / "run", "study", read_table(str(tiny_study(folder, more, **changes)))).path
+    return create(folder / "run", "study width-depth", read_table(str(tiny_study(folder, more, **changes)))).path
 
 
 def same(results: dict[str, Any]) -> dict[str, Any]:
@@ -210,6 +210,7 @@ def test_what_is_refused(studied: tuple[Path, dict[str, Any]], tmp_path: Path, f
         "of another recipe: train.epochs is 1 there and 2 here"
         in nas(*study, path.parent / "tiny.toml", "--resume", path, *settings("train.epochs=2")).refusal
     )
+    assert f"nas study report {path}" in nas("report", path).refusal
     assert "was begun by 'nas run', it is not a study" in nas("study", "report", finished_run).refusal
     budget = nas(*study, recipe, "--out", tmp_path / "no", *settings("study.budget={parameters=1000000}")).refusal
     assert "the nearest possible is" in budget and not (tmp_path / "no").exists()
