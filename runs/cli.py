@@ -12,6 +12,7 @@ import typer
 from nas.errors import Failure, InputError, nearest
 from runs.cli_analyse import analyse
 from runs.cli_finished import attack, compress, export, report
+from runs.cli_study import study
 from runs.show import (
     comparison_table,
     error_console,
@@ -45,6 +46,9 @@ MemoryBudget = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
+
+OTHERS = {"compare": "compare", "study": "study width-depth"}
+"""Which command a recipe without a search is for, by the table it has."""
 
 # Typer moved its copy of click's exceptions between versions; this is their common ancestor in all of them.
 UsageProblem: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -187,7 +191,8 @@ def _start(
             genotype = read_genotype_of(built)
             data = genotype.to_data()
         elif command in ("run", "search") and "search" not in table:
-            raise InputError(f"recipe '{recipe}' has no [search] table: nas compare {recipe} is what it is for")
+            other = next((f"nas {way} {recipe}" for key, way in OTHERS.items() if key in table), "nas train")
+            raise InputError(f"recipe '{recipe}' has no [search] table: {other} is what it is for")
         if isinstance(genotype, Genotype):
             check_size("train", genotype.layout, built.train.cells, built.train.channels or 1)
         _prepare_kernels()
@@ -331,6 +336,7 @@ def _runs(folder: Path) -> dict[str, str]:
 
 for _command in (analyse, compress, attack, export, report):
     app.command()(_command)
+app.add_typer(study, name="study")
 
 
 if __name__ == "__main__":

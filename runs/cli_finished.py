@@ -272,6 +272,8 @@ def report(path: RunArgument) -> None:
     run_directory = open_run(path)
     if run_directory.command == "search":
         raise InputError(f"{path} is a search, which has no report: nas analyse {path} shows what it found")
+    if run_directory.command.startswith("study"):
+        raise InputError(f"{path} is a study: nas study report {path} writes what it found")
     if not (path / "results.json").exists():
         raise InputError(f"{path} is not finished: nas {run_directory.command} --resume {path} finishes it")
     write = write_comparison_page if run_directory.command == "compare" else write_page

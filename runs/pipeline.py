@@ -157,7 +157,7 @@ def _death_of(worker: _Worker) -> WorkerDied:
 
 def _work(connection: Connection, path: str, parent: int) -> None:
     """Life of a worker process: receive a task's name, do it, report, until the parent is gone."""
-    _die_with(parent)
+    die_with(parent)
     # Ctrl-C reaches the whole group; the parent decides, workers just end with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with open(Path(path) / "lock.workers", "a", encoding="utf-8") as lock:
@@ -188,7 +188,7 @@ def _work(connection: Connection, path: str, parent: int) -> None:
                 connection.send(("error", traceback.format_exc()))
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Make this process end when its parent does, even by kill -9: two writers on one run must never be."""
     if sys.platform == "linux":
         parent_death_signal = 1

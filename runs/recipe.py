@@ -29,6 +29,7 @@ from runs.compress_part import CompressPart, Makers, compress_from
 from runs.construct import check_keys, chosen, construct, mapping, name_of
 from runs.contenders import ComparePart, compare_from
 from runs.contenders import Makers as ContenderMakers
+from runs.study_part import StudyPart, study_from
 from search_spaces.catalogue import spaces
 from search_spaces.cell_space import CellSpace
 from search_spaces.genotype import StageGenotype
@@ -195,6 +196,7 @@ class Recipe:
     evaluate: EvaluatePart
     table: Table = field(repr=False)
     compare: ComparePart | None = None
+    study: StudyPart | None = None
 
 
 def shipped() -> dict[str, Path]:
@@ -228,11 +230,22 @@ def read_table(name_or_path: str, overrides: Sequence[str] = (), seed: int | Non
 
 def build(table: Table) -> Recipe:
     """The objects a recipe's tables describe. Raises ``InputError`` for the first thing that is wrong."""
-    parts = ("data", "threat_model", "space", "search", "train", "compress", "baselines", "evaluate", "compare")
+    parts = (
+        "data",
+        "threat_model",
+        "space",
+        "search",
+        "train",
+        "compress",
+        "baselines",
+        "evaluate",
+        "compare",
+        "study",
+    )
     general_fields = [f.name for f in dataclasses.fields(General)]
     check_keys(table, [*general_fields, *parts], "")
-    for required in ("data", "search", "train", "evaluate"):
-        if required not in table and not (required == "search" and "compare" in table):
+    for required in ("data", "train", "evaluate"):
+        if required not in table:
             raise InputError(f"the recipe has no [{required}] table")
     general = construct(General, {key: table[key] for key in general_fields if key in table}, "recipe")
     threat_model = construct(ThreatModel, table.get("threat_model", {}), "threat_model")
@@ -241,6 +254,8 @@ def build(table: Table) -> Recipe:
     if isinstance(compared.get("genotype"), Mapping) and "depths" in compared["genotype"]:
         # The size that [train] states for networks of cells has no meaning then.
         train_table = {key: value for key, value in train_table.items() if key != "parameters"} | HOLDS_ITS_SIZE
+    if "study" in table:
+        train_table = {**HOLDS_ITS_SIZE, **train_table}
     train = _train(train_table, threat_model)
     space = _space(table.get("space", {"name": "dsara"}))
     search = _search(table.get("search", {}), threat_model)
@@ -271,6 +286,7 @@ def build(table: Table) -> Recipe:
         )
         if "compare" in table
         else None,
+        study=study_from(table["study"]) if "study" in table else None,
         table=copy.deepcopy(dict(table)),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,6 +14,9 @@ from rich.table import Table
 from nas.analysis.throughput import speed_lines
 from nas.report.comparison_table import columns as comparison_columns
 from search_spaces.genotype import StageGenotype
+
+if TYPE_CHECKING:
+    from runs.study_record import Candidate
 
 out_console = Console(soft_wrap=True)
 error_console = Console(stderr=True, soft_wrap=True)
@@ -72,6 +75,30 @@ def comparison_table(results: Mapping[str, Any]) -> None:
     for contender in results["contenders"]:
         table.add_row(*(escape(column.text(results, contender)) for column in columns))
     _print_whole(table)
+
+
+def study_table(ranked: Sequence[Candidate], count: int) -> None:
+    """The best configurations of a study; count: of all."""
+    from runs.study_record import shape  # needs scipy's statistics, which other commands do not
+
+    columns = ("configuration", "parameters", "MACs", "seeds", "natural", "worst case", "95 % interval")
+    table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in table.columns:
+        column.no_wrap = True
+        column.justify = "left" if column.header == "configuration" else "right"
+    for one in ranked:
+        table.add_row(
+            escape(shape(one.first)),
+            f"{one.first.parameters:,}",
+            f"{one.first.macs / 1e6:.2f} M",
+            str(len(one.seeds)),
+            f"{one.natural:.1%}",
+            f"{one.robust:.1%}",
+            f"{one.low:.1%} {one.high:.1%}",
+        )
+    _print_whole(table)
+    if count > len(ranked):
+        out_console.print(f"the best {len(ranked)} of {count} configurations", highlight=False)
 
 
 def _print_whole(table: Table) -> None:

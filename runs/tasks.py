@@ -382,18 +382,31 @@ def train_in(
     folder: Path,
     purpose: str,
     lap: Callable[[int], None] = lambda epoch: None,
+    *,
+    rows: Split | None = None,
+    heard: Callable[[Mapping[str, Any]], None] = lambda record: None,
 ) -> list[dict[str, Any]]:
-    """Train ``model`` in ``folder``; returns its records. lap: hears of every epoch that ends."""
+    """Train ``model`` in ``folder``; returns its records.
+
+    lap: hears of every epoch that ends here. heard: of every epoch's record, those before an interruption again; what
+    it raises ends the training. rows: the images to train on, instead of the recipe's.
+    """
 
     def log(record: Mapping[str, Any]) -> None:
         lap(record["epoch"])
         metrics.log(record)
+        heard(record)
+
+    def history(records: list[dict[str, Any]]) -> None:
+        metrics.restore(records)
+        for record in records:
+            heard(record)
 
     with MetricsLog(folder) as metrics:
         return train(
             model,
             context.data,
-            context.split,
+            rows or context.split,
             objective,
             training,
             validation_attack=context.recipe.train.validation_attack,
@@ -401,7 +414,7 @@ def train_in(
             extra=context.recipe.data.extra,
             checkpoint=folder / "checkpoint.safetensors",
             log=log,
-            history=metrics.restore,
+            history=history,
             tick=context.tick,
         )
 
