@@ -270,6 +270,8 @@ def report(path: RunArgument) -> None:
     from runs.tasks import write_page
 
     run_directory = open_run(path)
+    if run_directory.command.startswith("study"):
+        raise InputError(f"{path} is a study: nas study report {path} writes its page again")
     if run_directory.command == "search":
         raise InputError(f"{path} is a search, which has no report: nas analyse {path} shows what it found")
     if run_directory.command.startswith("study"):

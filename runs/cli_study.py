@@ -51,7 +51,7 @@ def width_depth(
     from runs.directory import RunDirectory, check_same_recipe, create, default_path
     from runs.progress import observer
     from runs.recipe import build, read_table
-    from runs.study import carry_out, collect, ledger_of, plan, storage_of, write_results
+    from runs.study import carry_out, collect, ledger_of, plan, storage_of
     from runs.tasks import device_of
 
     table = read_table(recipe, set_ or [], seed) if recipe is not None else None
@@ -83,20 +83,16 @@ def width_depth(
     count = workers or build(run.table).general.workers
     with observer(error_console if as_json else out_console) as watching:
         carry_out(run, count, where, watching)
-    results = collect(run, where)
-    write_results(run, results)
-    _told(run, results, as_json)
+    _told(run, collect(run, where), as_json)
 
 
 @study.command()
 def report(folder: Folder, storage: Storage = None, as_json: Json = False) -> None:
-    """Write results.json and observations.csv of a study as far as it got, and print its table."""
-    from runs.study import collect, storage_of, write_results
+    """Write the page, pictures and tables of a study as far as it got, and print the gist."""
+    from runs.study import collect, storage_of
 
     run = open_study_run(folder)
-    results = collect(run, storage_of(run, storage))
-    write_results(run, results)
-    _told(run, results, as_json)
+    _told(run, collect(run, storage_of(run, storage)), as_json)
 
 
 @study.command()
@@ -163,23 +159,30 @@ def open_study_run(folder: Path) -> Any:
     return run
 
 
-def _told(run: Any, results: dict[str, Any], as_json: bool) -> None:
+def _told(run: Any, collected: dict[str, Any], as_json: bool) -> None:
+    """Write all that a study found, and say the gist of it."""
+    from runs.study import table
+    from runs.study_record import candidates
+    from runs.study_report import findings, write_page, write_results
+
+    observations = table(collected)
+    results = {**collected, **findings(observations)}
+    write_results(run, results)
+    page = write_page(run, results, observations)
     if as_json:
         print(json.dumps(results))
         return
-    from runs.study import table
-    from runs.study_record import candidates
-
     trials = results["trials"]
     counts = [f"{count} {state}" for state, count in trials.items() if count]
     out_console.print(f"trials: {', '.join(counts) or 'none yet'}", markup=False, highlight=False)
-    observations = table(results)
     if not observations:
         return
     ranked = candidates(observations)
     study_table(ranked[:10], len(ranked))
+    for line in results["verdict"]:
+        out_console.print(line, markup=False, highlight=False)
     largest = max(one.first.parameters for one in ranked)
     next_commands(
+        ["open", page],
         ["nas", "study", "recommend", run.path, "--max-params", largest],
-        ["nas", "study", "report", run.path],
     )

@@ -34,14 +34,12 @@ from optuna.trial import FrozenTrial, TrialState
 from nas.errors import Diverged, Failure, InputError
 from nas.model_file import ModelSpec
 from nas.studies.observation import Observation
-from nas.tensor_file import write_text
 from runs.directory import RunDirectory, flatten, open_run, read_json, write_json
 from runs.pipeline import die_with
 from runs.progress import Observer
 from runs.recipe import Recipe, build
 from runs.study_ledger import Abandoned, Claim, Ledger, configuration_of
 from runs.study_part import StudyPart
-from runs.study_record import csv_of
 from runs.study_sampling import Drawing, told
 from runs.study_space import Configuration, Costs, axes_of, planned
 from runs.study_storage import JOURNAL, open_storage, open_study, without_password
@@ -416,12 +414,6 @@ def collect(run: RunDirectory, storage: str) -> dict[str, Any]:
 def table(results: Mapping[str, Any]) -> list[Observation]:
     """The observations of a study's results, from shallow and narrow to deep and wide, seeds in order."""
     return [observation_from(entry["observation"]) for entry in results["observations"]]
-
-
-def write_results(run: RunDirectory, results: Mapping[str, Any]) -> None:
-    """results.json and observations.csv of a study."""
-    write_json(results, run.path / "results.json")
-    write_text(csv_of(results), run.path / "observations.csv")
 
 
 def _entries(trial: FrozenTrial) -> list[dict[str, Any]]:
