@@ -127,7 +127,7 @@ def test_budgets_that_no_network_has_are_refused() -> None:
         robust_scaling(macs, 1e9, share=1)
     with pytest.raises(InputError, match="step of widening factors must be above 0"):
         robust_scaling(macs, 1e9, step=0)
-    with pytest.raises(InputError, match="cost stays at 5 .* count must rise"):
+    with pytest.raises(InputError, match=r"cost stays at 5 .* count must rise"):
         robust_scaling(lambda depths, factors: 5, 6)
 
 
