@@ -33,7 +33,7 @@ PRUNERS: Mapping[str, type[optuna.pruners.BasePruner]] = {
     "threshold": optuna.pruners.ThresholdPruner,
 }
 
-WAYS = ("grid", "depths", "widths")
+WAYS = ("grid", "depths", "widths", "compound")
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,27 @@ class Rung:
 
 
 @dataclass(frozen=True)
+class Compound:
+    """Depths and widths scaled together to the budget, for each share of depth: RobustScaling (``nas.studies.rules``).
+
+    base: channels of each stage at widening factor 1; its stages have the published patterns, 2:2:1 and 2:2.5:1.
+    step: factors are multiples of it.
+    """
+
+    shares: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    base: tuple[int, int, int] = (16, 32, 64)
+    step: float = 0.25
+
+    def __post_init__(self) -> None:
+        if not self.shares or not all(0 < share < 1 for share in self.shares):
+            raise InputError("shares must be at least one number above 0 and below 1")
+        if len(self.base) != 3 or min(self.base) < 1:
+            raise InputError("base must be three numbers of channels of at least 1, one for each stage")
+        if not self.step > 0:
+            raise InputError(f"step must be above 0, not {self.step}")
+
+
+@dataclass(frozen=True)
 class StudyPart:
     """A study of width and depth.
 
@@ -119,12 +140,12 @@ class StudyPart:
     depths list the cells of each section, and channels (base filters), ratios and sections (the kind of cell of each
     section) are varied.
 
-    configurations: all of the "grid"; "depths" or "widths" only, the rest as in ``baseline``; or a list of tables, one
-    for each configuration. draw: so many of them, at random by the recipe's seed; 0 for all. seeds: each configuration
-    is trained once with each. rungs: cheaper trainings that go before, after each of which the pruner may stop.
-    heartbeat: seconds between signs of life of a worker; one that gives none for four times as long has lost its trial.
-    latency: whether it is measured. keep_networks: whether the weights of all trained networks stay in the folder;
-    checkpoints never do.
+    configurations: all of the "grid"; "depths" or "widths" only, the rest as in ``baseline``; "compound": both scaled
+    together to ``budget`` as ``compound`` says; or a list of tables, one for each configuration. draw: so many of them,
+    at random by the recipe's seed; 0 for all. seeds: each configuration is trained once with each. rungs: cheaper
+    trainings that go before, after each of which the pruner may stop. heartbeat: seconds between signs of life of a
+    worker; one that gives none for four times as long has lost its trial. latency: whether it is measured.
+    keep_networks: whether the weights of all trained networks stay in the folder; checkpoints never do.
     """
 
     space: str = ""
@@ -135,8 +156,9 @@ class StudyPart:
     channels: tuple[int, ...] = ()
     ratios: tuple[tuple[int, ...], ...] = ()
     sections: tuple[tuple[str, ...], ...] = ()
-    configurations: Literal["grid", "depths", "widths"] | tuple[Mapping[str, Any], ...] = "grid"
+    configurations: Literal["grid", "depths", "widths", "compound"] | tuple[Mapping[str, Any], ...] = "grid"
     baseline: Mapping[str, Any] = field(default_factory=dict)
+    compound: Compound = field(default_factory=Compound)
     draw: int = 0
     seeds: tuple[int, ...] = (0, 1, 2)
     budget: Budget | None = None
@@ -162,6 +184,11 @@ class StudyPart:
             if getattr(self, name):
                 what = "a genotype of cells" if self.space else "a space of stages"
                 raise InputError(f"'{name}' is of {what}: leave it out, or use {', '.join(own)}")
+        if self.configurations == "compound":
+            if self.budget is None or not self.space:
+                raise InputError("compound scaling needs a space of stages and a budget = { macs = ... } to scale to")
+            if self.depths or self.widths:
+                raise InputError("compound scaling finds depths and widths itself: leave them out")
         if self.rungs and self.pruner is None:
             raise InputError("rungs are where a pruner may stop a trial: name one by pruner = { name = ... }")
         if self.pruner is not None and len(self.objectives) > 1:
@@ -199,7 +226,7 @@ def study_from(table: object) -> StudyPart:
     """The study that [study] describes."""
     entries = dict(mapping(table, "study"))
     given: dict[str, Any] = {}
-    for name, kind in (("budget", Budget), ("limits", Limits), ("sampler", Sampling)):
+    for name, kind in (("budget", Budget), ("limits", Limits), ("sampler", Sampling), ("compound", Compound)):
         if name in entries:
             given[name] = construct(kind, entries.pop(name), f"study.{name}")
     if "pruner" in entries:

@@ -44,8 +44,10 @@ def write_page(run: RunDirectory, results: Mapping[str, Any], observations: Sequ
     from nas.report.study_page import write_study
     from nas.report.study_pictures import FORMATS, PICTURES, Studied, save
 
-    path = run.path / "report.html"
-    write_study({**results, "environment": read_json(run.path / "environment.json")}, observations, path)
+    path, machine = run.path / "report.html", run.path / "environment.json"
+    # A study may be told from its storage alone, elsewhere than where it was begun.
+    environment = {"environment": read_json(machine)} if machine.exists() else {}
+    write_study({**results, **environment}, observations, path)
     if observations:
         make_folder(run.path / "figures")
         studied = Studied(observations)

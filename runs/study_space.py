@@ -24,6 +24,7 @@ from nas.analysis.complexity import complexity
 from nas.errors import InputError
 from nas.model_file import ModelSpec
 from nas.randomness import generator
+from nas.studies.rules import robust_scaling
 from runs.construct import check_keys
 from runs.study_part import Budget, Limits, StudyPart
 from search_spaces.catalogue import load_genotype, space_of
@@ -151,6 +152,11 @@ class Axes:
 
     def grid(self, varied: Callable[[str], bool], fixed: Values) -> Iterator[Configuration]:
         """All configurations of the axes that are ``varied``, the others as in ``fixed``."""
+        for values in self.grid_values(varied, fixed):
+            yield self.configuration(values)
+
+    def grid_values(self, varied: Callable[[str], bool], fixed: Values) -> Iterator[dict[str, Any]]:
+        """The choices on each axis, by its name, for the configurations of ``grid``."""
         axes = [axis if varied(axis.name) else Axis(axis.name, (fixed[axis.name],)) for axis in self.axes]
         count = math.prod(len(axis.choices) for axis in axes)
         if count > LARGEST_GRID:
@@ -160,13 +166,14 @@ class Axes:
             )
         names = [axis.name for axis in axes]
         for choice in itertools.product(*(axis.choices for axis in axes)):
-            yield self.configuration(dict(zip(names, choice, strict=True)))
+            yield dict(zip(names, choice, strict=True))
 
 
 def axes_of(part: StudyPart, cells: int = 0) -> Axes:
     """The axes of a study.  cells: of a network of cells whose depths are not stated."""
     if part.space:
-        if not part.depths or len(part.depths) != len(part.widths):
+        compound = part.configurations == "compound"
+        if not compound and (not part.depths or len(part.depths) != len(part.widths)):
             raise InputError("study: give depths and widths, a list of choices for each of as many stages")
         axes = [Axis(f"{name} {i}", choices) for name, lists in (("depth", part.depths), ("width", part.widths))
                 for i, choices in enumerate(lists, start=1)]  # fmt: skip
@@ -269,6 +276,8 @@ def planned(part: StudyPart, axes: Axes, costs: Costs, seed: int = 0) -> list[Co
     if isinstance(part.configurations, str):
         if part.configurations == "grid":
             found: Iterable[Configuration] = axes.grid(lambda name: True, {})
+        elif part.configurations == "compound":
+            found = _compound(part, axes, costs)
         else:
             fixed = axes.values(part.baseline, "study.baseline", _all_but(axes, part.configurations[:-1]))
             varied = part.configurations[:-1] + " "
@@ -288,6 +297,31 @@ def planned(part: StudyPart, axes: Axes, costs: Costs, seed: int = 0) -> list[Co
         drawn = torch.randperm(len(kept), generator=generator(seed, "configurations"))[: part.draw]
         kept = [kept[index] for index in sorted(drawn.tolist())]
     return kept
+
+
+def _compound(part: StudyPart, axes: Axes, costs: Costs) -> Iterator[Configuration]:
+    """The network of the budget for each share of depth, with each of the options."""
+    budget, compound = part.budget, part.compound
+    assert budget is not None
+    goal = budget.parameters or budget.macs
+    for options in axes.grid_values(lambda name: name.startswith("option "), {}):
+
+        def configuration(depths: Sequence[int], factors: Sequence[float], options: Values = options) -> Configuration:
+            widths = [max(1, round(base * factor)) for base, factor in zip(compound.base, factors, strict=True)]
+            stages = {f"depth {i}": int(depth) for i, depth in enumerate(depths, start=1)}
+            stages |= {f"width {i}": width for i, width in enumerate(widths, start=1)}
+            return axes.configuration({**options, **stages})
+
+        def count(depths: Sequence[int], factors: Sequence[float], configuration: Any = configuration) -> int:
+            parameters, macs = costs(configuration(depths, factors))
+            return parameters if budget.parameters else macs
+
+        for share in compound.shares:
+            try:
+                scaled = robust_scaling(count, goal, share=share, step=compound.step)
+            except InputError as error:
+                raise InputError(f"study.compound, share {share:g}: {error}") from None
+            yield configuration(scaled.depths, scaled.factors)
 
 
 def fits(budget: Budget | None, limits: Limits, parameters: int, macs: int) -> bool:
