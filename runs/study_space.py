@@ -24,8 +24,9 @@ from nas.analysis.complexity import complexity
 from nas.errors import InputError
 from nas.model_file import ModelSpec
 from nas.randomness import generator
+from nas.studies.rules import robust_scaling
 from runs.construct import check_keys
-from runs.study_part import Budget, Limits, StudyPart
+from runs.study_part import Budget, Compound, Limits, StudyPart
 from search_spaces.catalogue import load_genotype, space_of
 from search_spaces.genotype import AnyGenotype, Genotype, GenotypeError, StageGenotype, genotype_from_data
 
@@ -166,7 +167,7 @@ class Axes:
 def axes_of(part: StudyPart, cells: int = 0) -> Axes:
     """The axes of a study.  cells: of a network of cells whose depths are not stated."""
     if part.space:
-        if not part.depths or len(part.depths) != len(part.widths):
+        if len(part.depths) != len(part.widths) or not (part.depths or part.compound):
             raise InputError("study: give depths and widths, a list of choices for each of as many stages")
         axes = [Axis(f"{name} {i}", choices) for name, lists in (("depth", part.depths), ("width", part.widths))
                 for i, choices in enumerate(lists, start=1)]  # fmt: skip
@@ -266,9 +267,12 @@ class Costs:
 
 def planned(part: StudyPart, axes: Axes, costs: Costs, seed: int = 0) -> list[Configuration]:
     """The configurations of a study without a sampler, each once. Raises ``InputError`` where none is left."""
+    found: Iterable[Configuration]
     if isinstance(part.configurations, str):
-        if part.configurations == "grid":
-            found: Iterable[Configuration] = axes.grid(lambda name: True, {})
+        if part.compound is not None:
+            found = compound(part.compound, axes, costs)
+        elif part.configurations == "grid":
+            found = axes.grid(lambda name: True, {})
         else:
             fixed = axes.values(part.baseline, "study.baseline", _all_but(axes, part.configurations[:-1]))
             varied = part.configurations[:-1] + " "
@@ -288,6 +292,29 @@ def planned(part: StudyPart, axes: Axes, costs: Costs, seed: int = 0) -> list[Co
         drawn = torch.randperm(len(kept), generator=generator(seed, "configurations"))[: part.draw]
         kept = [kept[index] for index in sorted(drawn.tolist())]
     return kept
+
+
+def compound(rule: Compound, axes: Axes, costs: Costs) -> Iterator[Configuration]:
+    """The network of each size and each share of depth by RobustScaling."""
+    options = {axis.name: axis.choices[0] for axis in axes.axes if axis.name.startswith("option ")}
+
+    def built(depths: Sequence[int], factors: Sequence[float]) -> Configuration:
+        widths = [round(factor * base) for factor, base in zip(factors, rule.base, strict=True)]
+        stages = {f"depth {i}": depth for i, depth in enumerate(depths, start=1)}
+        stages |= {f"width {i}": width for i, width in enumerate(widths, start=1)}
+        return axes.configuration({**stages, **options})
+
+    for size in rule.parameters or rule.macs:
+        for share in rule.shares:
+            scaled = robust_scaling(
+                lambda depths, factors: costs(built(depths, factors))[0 if rule.parameters else 1],
+                size,
+                share=share,
+                depth_pattern=rule.depth_pattern,
+                width_pattern=rule.width_pattern,
+                step=rule.step,
+            )
+            yield built(scaled.depths, scaled.factors)
 
 
 def fits(budget: Budget | None, limits: Limits, parameters: int, macs: int) -> bool:

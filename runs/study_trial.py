@@ -9,6 +9,7 @@ configurations.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ import torch
 
 from nas.analysis.complexity import Complexity, complexity
 from nas.data.split import Split, subset
-from nas.model_file import load_model
+from nas.model_file import ModelSpec, load_model
 from nas.randomness import generator
 from nas.studies.observation import Observation
 from runs.directory import read_json, write_json
@@ -97,7 +98,7 @@ def carry_out(
         robust=found["worst_case"],
         n=found["n"],
         options=configuration.options,
-        measures=measures_of(context, network, seed),
+        measures=measures_of(context, spec, network, seed) if part.measures else {},
         latency=latency,
     )
     clock.lap()
@@ -138,9 +139,19 @@ def stage_costs(cost: Complexity) -> list[tuple[int, int]]:
     return [(part.parameters, part.macs) for part in cost.sections if part.name.rpartition(" ")[2].isdigit()]
 
 
-def measures_of(context: Context, network: torch.nn.Module, seed: int) -> dict[str, float]:
-    """Cheap predictors and stability measures of a trained network, by name."""
-    return {}
+def measures_of(context: Context, spec: ModelSpec, network: torch.nn.Module, seed: int) -> dict[str, float]:
+    """Cheap predictors and stability measures of a trained network and of it at birth, on held-out images, by name."""
+    if importlib.util.find_spec("nas.studies.predictors") is None:
+        return {}
+    from nas.studies.predictors import at_birth, measures
+
+    rows = context.split.validation.to(context.device)
+    x, y = context.data.x_train[rows].float() / 255, context.data.y_train[rows]
+    threat_model = context.recipe.threat_model
+    return {
+        **measures(network, x, y, threat_model, seed=seed),
+        **at_birth(spec, x, y, threat_model, seed=seed),
+    }
 
 
 def _train(
