@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pwd
 import shutil
@@ -13,7 +14,9 @@ from pathlib import Path
 
 
 def absent() -> str | None:
-    """Why no server can be started here; None where one can."""
+    """Why no server can be started and used here; None where one can."""
+    if importlib.util.find_spec("psycopg") is None:
+        return "psycopg is not installed: pip install '.[postgres]'"
     if _programs() is None:
         return "no PostgreSQL server is installed (/usr/lib/postgresql/*/bin/initdb, or initdb in PATH)"
     if os.geteuid() == 0 and (_account() is None or shutil.which("setpriv") is None):

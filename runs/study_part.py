@@ -10,6 +10,7 @@ from typing import Any, Literal
 import optuna
 
 from nas.errors import InputError, nearest
+from nas.studies.rules import DEPTH_PATTERN, DEPTH_SHARE, WIDTH_PATTERN
 from runs.construct import check_keys, construct, mapping, name_of
 
 Direction = Literal["minimize", "maximize"]
@@ -34,6 +35,31 @@ PRUNERS: Mapping[str, type[optuna.pruners.BasePruner]] = {
 }
 
 WAYS = ("grid", "depths", "widths", "compound")
+
+
+@dataclass(frozen=True)
+class Compound:
+    """Networks of the same shape rule at several sizes: RobustScaling (``nas.studies.rules``).
+
+    parameters or macs: the sizes. shares: of depth, sum D / (sum D + sum W). base: channels of each stage at a widening
+    factor of 1. step: what factors are rounded to. depth_pattern, width_pattern: from stage to stage.
+    """
+
+    parameters: tuple[float, ...] = ()
+    macs: tuple[float, ...] = ()
+    shares: tuple[float, ...] = (DEPTH_SHARE,)
+    base: tuple[int, ...] = (16, 32, 64)
+    step: float = 1
+    depth_pattern: tuple[float, ...] = DEPTH_PATTERN
+    width_pattern: tuple[float, ...] = WIDTH_PATTERN
+
+    def __post_init__(self) -> None:
+        if bool(self.parameters) == bool(self.macs):
+            raise InputError("give the sizes, either by parameters = [...] or by macs = [...]")
+        if not len(self.base) == len(self.depth_pattern) == len(self.width_pattern):
+            raise InputError("base, depth_pattern and width_pattern need one entry for each stage")
+        if any(self.step * base != int(self.step * base) for base in self.base):
+            raise InputError(f"step {self.step} of base {list(self.base)} is no whole number of channels")
 
 
 @dataclass(frozen=True)
@@ -111,27 +137,6 @@ class Rung:
 
 
 @dataclass(frozen=True)
-class Compound:
-    """Depths and widths scaled together to the budget, for each share of depth: RobustScaling (``nas.studies.rules``).
-
-    base: channels of each stage at widening factor 1; its stages have the published patterns, 2:2:1 and 2:2.5:1.
-    step: factors are multiples of it.
-    """
-
-    shares: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-    base: tuple[int, int, int] = (16, 32, 64)
-    step: float = 0.25
-
-    def __post_init__(self) -> None:
-        if not self.shares or not all(0 < share < 1 for share in self.shares):
-            raise InputError("shares must be at least one number above 0 and below 1")
-        if len(self.base) != 3 or min(self.base) < 1:
-            raise InputError("base must be three numbers of channels of at least 1, one for each stage")
-        if not self.step > 0:
-            raise InputError(f"step must be above 0, not {self.step}")
-
-
-@dataclass(frozen=True)
 class StudyPart:
     """A study of width and depth.
 
@@ -140,12 +145,15 @@ class StudyPart:
     depths list the cells of each section, and channels (base filters), ratios and sections (the kind of cell of each
     section) are varied.
 
-    configurations: all of the "grid"; "depths" or "widths" only, the rest as in ``baseline``; "compound": both scaled
-    together to ``budget`` as ``compound`` says; or a list of tables, one for each configuration. draw: so many of them,
-    at random by the recipe's seed; 0 for all. seeds: each configuration is trained once with each. rungs: cheaper
-    trainings that go before, after each of which the pruner may stop. heartbeat: seconds between signs of life of a
-    worker; one that gives none for four times as long has lost its trial. latency: whether it is measured.
-    keep_networks: whether the weights of all trained networks stay in the folder; checkpoints never do.
+    configurations: all of the "grid"; "depths" or "widths" only, the rest as in ``baseline``; "compound", by the rule
+    in ``compound``; or a list of tables, one for each configuration. draw: so many of them, at random by the recipe's
+    seed; 0 for all. seeds: each configuration is trained once with each. rungs: cheaper trainings that go before, after
+    each of which the pruner may stop.
+
+    heartbeat: seconds between signs of life of a worker; one that gives none for four times as long has lost its trial.
+    latency: whether it is measured. measures: whether cheap predictors of robustness are computed beside.
+    keep_networks: whether the weights of all trained networks stay in the folder;
+    checkpoints never do.
     """
 
     space: str = ""
@@ -158,7 +166,7 @@ class StudyPart:
     sections: tuple[tuple[str, ...], ...] = ()
     configurations: Literal["grid", "depths", "widths", "compound"] | tuple[Mapping[str, Any], ...] = "grid"
     baseline: Mapping[str, Any] = field(default_factory=dict)
-    compound: Compound = field(default_factory=Compound)
+    compound: Compound | None = None
     draw: int = 0
     seeds: tuple[int, ...] = (0, 1, 2)
     budget: Budget | None = None
@@ -168,11 +176,14 @@ class StudyPart:
     rungs: tuple[Rung, ...] = ()
     heartbeat: float = 60.0
     latency: bool = False
+    measures: bool = True
     keep_networks: bool = True
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or not all(0 <= s < 2**63 for s in self.seeds):
             raise InputError(f"seeds must be at least one number of at least 0, each once, not {list(self.seeds)}")
+        if (self.configurations == "compound") != (self.compound is not None):
+            raise InputError("compound = { ... } and configurations = 'compound' belong together")
         if self.draw < 0:
             raise InputError(f"draw must be at least 0 (0 = all configurations), not {self.draw}")
         if not self.heartbeat > 0:
@@ -184,11 +195,6 @@ class StudyPart:
             if getattr(self, name):
                 what = "a genotype of cells" if self.space else "a space of stages"
                 raise InputError(f"'{name}' is of {what}: leave it out, or use {', '.join(own)}")
-        if self.configurations == "compound":
-            if self.budget is None or not self.space:
-                raise InputError("compound scaling needs a space of stages and a budget = { macs = ... } to scale to")
-            if self.depths or self.widths:
-                raise InputError("compound scaling finds depths and widths itself: leave them out")
         if self.rungs and self.pruner is None:
             raise InputError("rungs are where a pruner may stop a trial: name one by pruner = { name = ... }")
         if self.pruner is not None and len(self.objectives) > 1:

@@ -26,7 +26,7 @@ from nas.model_file import ModelSpec
 from nas.randomness import generator
 from nas.studies.rules import robust_scaling
 from runs.construct import check_keys
-from runs.study_part import Budget, Limits, StudyPart
+from runs.study_part import Budget, Compound, Limits, StudyPart
 from search_spaces.catalogue import load_genotype, space_of
 from search_spaces.genotype import AnyGenotype, Genotype, GenotypeError, StageGenotype, genotype_from_data
 
@@ -152,11 +152,6 @@ class Axes:
 
     def grid(self, varied: Callable[[str], bool], fixed: Values) -> Iterator[Configuration]:
         """All configurations of the axes that are ``varied``, the others as in ``fixed``."""
-        for values in self.grid_values(varied, fixed):
-            yield self.configuration(values)
-
-    def grid_values(self, varied: Callable[[str], bool], fixed: Values) -> Iterator[dict[str, Any]]:
-        """The choices on each axis, by its name, for the configurations of ``grid``."""
         axes = [axis if varied(axis.name) else Axis(axis.name, (fixed[axis.name],)) for axis in self.axes]
         count = math.prod(len(axis.choices) for axis in axes)
         if count > LARGEST_GRID:
@@ -166,14 +161,13 @@ class Axes:
             )
         names = [axis.name for axis in axes]
         for choice in itertools.product(*(axis.choices for axis in axes)):
-            yield dict(zip(names, choice, strict=True))
+            yield self.configuration(dict(zip(names, choice, strict=True)))
 
 
 def axes_of(part: StudyPart, cells: int = 0) -> Axes:
     """The axes of a study.  cells: of a network of cells whose depths are not stated."""
     if part.space:
-        compound = part.configurations == "compound"
-        if not compound and (not part.depths or len(part.depths) != len(part.widths)):
+        if len(part.depths) != len(part.widths) or not (part.depths or part.compound):
             raise InputError("study: give depths and widths, a list of choices for each of as many stages")
         axes = [Axis(f"{name} {i}", choices) for name, lists in (("depth", part.depths), ("width", part.widths))
                 for i, choices in enumerate(lists, start=1)]  # fmt: skip
@@ -273,11 +267,12 @@ class Costs:
 
 def planned(part: StudyPart, axes: Axes, costs: Costs, seed: int = 0) -> list[Configuration]:
     """The configurations of a study without a sampler, each once. Raises ``InputError`` where none is left."""
+    found: Iterable[Configuration]
     if isinstance(part.configurations, str):
-        if part.configurations == "grid":
-            found: Iterable[Configuration] = axes.grid(lambda name: True, {})
-        elif part.configurations == "compound":
-            found = _compound(part, axes, costs)
+        if part.compound is not None:
+            found = compound(part.compound, axes, costs)
+        elif part.configurations == "grid":
+            found = axes.grid(lambda name: True, {})
         else:
             fixed = axes.values(part.baseline, "study.baseline", _all_but(axes, part.configurations[:-1]))
             varied = part.configurations[:-1] + " "
@@ -299,29 +294,31 @@ def planned(part: StudyPart, axes: Axes, costs: Costs, seed: int = 0) -> list[Co
     return kept
 
 
-def _compound(part: StudyPart, axes: Axes, costs: Costs) -> Iterator[Configuration]:
-    """The network of the budget for each share of depth, with each of the options."""
-    budget, compound = part.budget, part.compound
-    assert budget is not None
-    goal = budget.parameters or budget.macs
-    for options in axes.grid_values(lambda name: name.startswith("option "), {}):
+def compound(rule: Compound, axes: Axes, costs: Costs) -> Iterator[Configuration]:
+    """The network of each size and each share of depth by RobustScaling, with each of the options."""
+    varied = [axis for axis in axes.axes if axis.name.startswith("option ")]
+    for choice in itertools.product(*(axis.choices for axis in varied)):
+        yield from _scaled(rule, axes, costs, {axis.name: value for axis, value in zip(varied, choice, strict=True)})
 
-        def configuration(depths: Sequence[int], factors: Sequence[float], options: Values = options) -> Configuration:
-            widths = [max(1, round(base * factor)) for base, factor in zip(compound.base, factors, strict=True)]
-            stages = {f"depth {i}": int(depth) for i, depth in enumerate(depths, start=1)}
-            stages |= {f"width {i}": width for i, width in enumerate(widths, start=1)}
-            return axes.configuration({**options, **stages})
 
-        def count(depths: Sequence[int], factors: Sequence[float], configuration: Any = configuration) -> int:
-            parameters, macs = costs(configuration(depths, factors))
-            return parameters if budget.parameters else macs
+def _scaled(rule: Compound, axes: Axes, costs: Costs, options: Values) -> Iterator[Configuration]:
+    def built(depths: Sequence[int], factors: Sequence[float]) -> Configuration:
+        widths = [round(factor * base) for factor, base in zip(factors, rule.base, strict=True)]
+        stages = {f"depth {i}": depth for i, depth in enumerate(depths, start=1)}
+        stages |= {f"width {i}": width for i, width in enumerate(widths, start=1)}
+        return axes.configuration({**stages, **options})
 
-        for share in compound.shares:
-            try:
-                scaled = robust_scaling(count, goal, share=share, step=compound.step)
-            except InputError as error:
-                raise InputError(f"study.compound, share {share:g}: {error}") from None
-            yield configuration(scaled.depths, scaled.factors)
+    for size in rule.parameters or rule.macs:
+        for share in rule.shares:
+            scaled = robust_scaling(
+                lambda depths, factors: costs(built(depths, factors))[0 if rule.parameters else 1],
+                size,
+                share=share,
+                depth_pattern=rule.depth_pattern,
+                width_pattern=rule.width_pattern,
+                step=rule.step,
+            )
+            yield built(scaled.depths, scaled.factors)
 
 
 def fits(budget: Budget | None, limits: Limits, parameters: int, macs: int) -> bool:

@@ -98,7 +98,7 @@ def carry_out(
         robust=found["worst_case"],
         n=found["n"],
         options=configuration.options,
-        measures=measures_of(context, spec, network, seed),
+        measures=measures_of(context, spec, network, seed) if part.measures else {},
         latency=latency,
     )
     clock.lap()

@@ -372,7 +372,7 @@ def test_missing_key_is_named(override: str, place: str) -> None:
     assert "NoneType" not in message
 
 
-@pytest.mark.parametrize("part", ["data", "search", "train", "evaluate"])
+@pytest.mark.parametrize("part", ["data", "train", "evaluate"])
 def test_missing_table_is_named(part: str) -> None:
     table = {key: value for key, value in MINIMAL.items() if key != part}
     with pytest.raises(InputError, match=rf"\[{part}\]"):
