@@ -25,6 +25,8 @@ CAPTIONS = {
     "of parameters",
     "pareto": "Every configuration, mean over its seeds with their deviation; circled and joined: those that none "
     "surpasses",
+    "fits": "Parabolas through the configurations with 95 % bands; shapes at equal numbers of parameters. A bar below: "
+    "where the best lies, if it is certain to lie inside the data",
     "stage-capacity": "Where the most robust, all, and the least robust configurations have their capacity; lines: "
     "deviation",
 }

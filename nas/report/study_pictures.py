@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 
 from nas.errors import InputError
 from nas.report.curves import PAGE, PAPER, Palette, style, svg_element
+from nas.studies.laws import SIZES, laws, regressor
 from nas.studies.observation import Observation, by_configuration
+from nas.studies.ranking import table_of
 from nas.tensor_file import write_bytes
 
 Draw = Callable[[Figure, Palette, "Studied"], str]
@@ -278,7 +280,44 @@ def stage_capacity(figure: Figure, palette: Palette, studied: Studied) -> str:
     return "Where capacity lies. " + "; ".join(words)
 
 
-PICTURES: Mapping[str, Draw] = {"heat-maps": heat_maps, "pareto": pareto, "stage-capacity": stage_capacity}
+def fits(figure: Figure, palette: Palette, studied: Studied) -> str:
+    """Parabolas of robust accuracy against sizes and, at equal size, shapes, with their 95 % bands."""
+    found = laws(studied.observations, seed=0)
+    table = table_of(studied.observations)
+    columns = min(3, len(found)) or 1
+    rows = -(-len(found) // columns)
+    figure.set_size_inches(3.4 * columns, 2.6 * max(1, rows))
+    words = []
+    for index, law in enumerate(found):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        sizes = law.name in SIZES
+        scale = (lambda values: 2.0 ** np.asarray(values)) if sizes else np.asarray
+        axes.scatter(scale(regressor(table, law.name)), table.robust, s=9, color=palette.series[4], zorder=1)
+        axes.fill_between(scale(law.x), law.low, law.high, color=palette.series[0], alpha=0.2, linewidth=0, zorder=2)
+        axes.plot(scale(law.x), law.y, color=palette.series[0], zorder=3)
+        if law.optimum is not None and law.inside and law.optimum_interval is not None:
+            height = float(table.robust.min())
+            axes.plot(scale(law.optimum_interval), (height, height), color=palette.series[1], linewidth=3, zorder=3)
+            axes.plot(scale([law.optimum]), [height], "o", color=palette.series[1], markersize=6, zorder=4)
+            words.append(f"best {law.name} {law.optimum:.3g}, inside the data")
+        axes.set_xlabel({"mean width": "mean width (log2 of channels)"}.get(law.name, law.name))
+        axes.yaxis.set_major_formatter(PERCENT)
+        if sizes:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
+            axes.xaxis.set_minor_locator(NullLocator())
+        if index % columns == 0:
+            axes.set_ylabel("worst-case accuracy")
+    return "Fits. " + ("; ".join(words) or "no optimum inside the data is certain")
+
+
+PICTURES: Mapping[str, Draw] = {
+    "heat-maps": heat_maps,
+    "pareto": pareto,
+    "fits": fits,
+    "stage-capacity": stage_capacity,
+}
 """The pictures of a study, by the name of their files."""
 
 

@@ -117,7 +117,7 @@ def test_all_that_was_found_stands_on_the_page(tmp_path: Path) -> None:
     ):
         assert words in text
     assert "-1.5 points" in text and "0.31" in text and f"The first {SHOWN} of 27" in text
-    assert reader.tags.count("svg") == 3
+    assert reader.tags.count("svg") == 4
     # Self-contained: nothing is fetched.
     assert not [
         word for word in ("src=", "@import", "http://", "https://") if word in page.replace("http://www.w3", "")
