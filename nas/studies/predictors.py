@@ -67,12 +67,10 @@ def measures(
         clean_gradient, clean = _gradient(model, x, y)
         gradient, attacked = _gradient(model, x_adv, y)
         distance = threat_model.distance(x_adv, x)
-        moved = distance > 0
-        found["lipschitz"] = ((clean - attacked).abs().sum(1) / distance)[moved]
-        found["lipschitz_kl"] = (kl(attacked, y, clean) / distance)[moved]
+        found["lipschitz"] = (clean - attacked).abs().sum(1) / distance
+        found["lipschitz_kl"] = kl(attacked, y, clean) / distance
         found["stability"] = (clean.argmax(1) == attacked.argmax(1)).to(clean.dtype)
         found["fosc"] = fosc(gradient, x_adv, x, threat_model)
-        begin(model)
         projections = generator(seed, "measures: projections", device=x.device)
         found["jacobian"] = jacobian_norm(model, x, projections=10, generator=projections)
         found["curvature"] = _curvature(model, x, y, threat_model, clean_gradient, threat_model.epsilon)

@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nas.attacks.pgd import Pgd
 from nas.compression.gdws import Gdws
 from nas.defences.noise import ImageNoise, NoiseEnsemble
 from nas.defences.particles import Particles
 from nas.model_file import ModelSpec, with_plan
+from nas.prediction import begin
+from nas.randomness import generator
 from nas.studies.predictors import at_birth, curvature, fosc, measures, synflow, tangent_kernel
 from nas.threat_model import ThreatModel
 from search_spaces.catalogue import load_genotype
@@ -98,10 +101,13 @@ def test_fosc_is_0_at_the_maximum_of_a_linear_loss_and_its_whole_rise_at_the_sta
 
 
 def test_the_gradient_of_fosc_is_taken_at_the_adversarial_image() -> None:
-    model, x, y = linear(3), images(), labels(classes=3)
-    one_step = measures(model, x, y, ThreatModel("linf", 2.0, -9, 9), seed=0, steps=1)["fosc"]
-    many = measures(model, x, y, ThreatModel("linf", 2.0, -9, 9), seed=0, steps=50)["fosc"]
-    assert 0 <= many < 0.2 * one_step
+    model, x, y = linear(5), images(), labels(classes=5)
+    threat_model = ThreatModel("linf", 2.0, -9, 9)
+    found = measures(model, x, y, threat_model, seed=0, steps=2)
+    x_adv = Pgd(threat_model, steps=2)(model, x, y, generator=generator(0, "measures"))
+    gradient = ((model(x_adv).softmax(1).detach() - F.one_hot(y, 5)) @ model[1].weight.detach()).view_as(x)
+    assert found["fosc"] == pytest.approx(float(fosc(gradient, x_adv, x, threat_model).mean()))
+    assert found["fosc"] > 0
 
 
 def test_jacobian_of_a_linear_network() -> None:
@@ -161,12 +167,13 @@ def test_the_same_seed_measures_the_same_and_leaves_everything_as_it_was(ensembl
     model: nn.Module = convolutional().train()
     if ensemble == "noise":
         model = NoiseEnsemble(model, ImageNoise(0.1), draws=3)
-        model.eval()(images().float())
+        begin(model.eval(), 3)
+        model(images().float()), model(images().float())
     elif ensemble == "particles":
         model = Particles([model, convolutional()])
     first = next(model.parameters()).requires_grad_(False)
     before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
-    calls = getattr(model, "calls", None)
+    noise = getattr(model, "stretch", None), getattr(model, "calls", None)
     state = torch.get_rng_state()
     x, y, threat_model = images().float(), labels(classes=3), ThreatModel("linf", 0.1)
 
@@ -182,8 +189,14 @@ def test_the_same_seed_measures_the_same_and_leaves_everything_as_it_was(ensembl
     with torch.no_grad():
         assert found == both(3)
     assert both(4)["lipschitz"] != found["lipschitz"]
+    if ensemble == "noise":
+        begin(model)
+        assert found == both(3)
+        begin(model, 3)
+        model(x), model(x)
     assert torch.equal(torch.get_rng_state(), state)
-    assert [module.training for module in model.modules()] == modes and getattr(model, "calls", None) == calls
+    assert [module.training for module in model.modules()] == modes
+    assert (getattr(model, "stretch", None), getattr(model, "calls", None)) == noise
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not first.requires_grad and all(p.grad is None for p in model.parameters())
     assert all(p.requires_grad for p in model.parameters() if p is not first)
@@ -348,7 +361,9 @@ def test_networks_of_all_kinds_are_measured(genotype) -> None:
     found = at_birth(spec, x, y, threat_model, seed=0)
     assert found.keys() == BORN
     torch.manual_seed(7)  # weights are of the seed
+    state = torch.get_rng_state()
     assert at_birth(spec, x, y, threat_model, seed=0) == found != at_birth(spec, x, y, threat_model, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
     model = spec.build()
     model.train()(x)
     assert measures(model.eval(), x, y, threat_model, seed=0).keys() == TRAINED
