@@ -67,12 +67,10 @@ def measures(
         clean_gradient, clean = _gradient(model, x, y)
         gradient, attacked = _gradient(model, x_adv, y)
         distance = threat_model.distance(x_adv, x)
-        moved = distance > 0
-        found["lipschitz"] = ((clean - attacked).abs().sum(1) / distance)[moved]
-        found["lipschitz_kl"] = (kl(attacked, y, clean) / distance)[moved]
+        found["lipschitz"] = (clean - attacked).abs().sum(1) / distance
+        found["lipschitz_kl"] = kl(attacked, y, clean) / distance
         found["stability"] = (clean.argmax(1) == attacked.argmax(1)).to(clean.dtype)
         found["fosc"] = fosc(gradient, x_adv, x, threat_model)
-        begin(model)
         projections = generator(seed, "measures: projections", device=x.device)
         found["jacobian"] = jacobian_norm(model, x, projections=10, generator=projections)
         found["curvature"] = _curvature(model, x, y, threat_model, clean_gradient, threat_model.epsilon)
@@ -180,23 +178,23 @@ def synflow(network: nn.Module, shape: tuple[int, ...]) -> Tensor:
     """Synaptic flow: sum over weights of w dR/dw at |w|, R the sum of the outputs for an image of ones.
 
     Tanaka et al., 2020, arXiv 2006.05467. All parameters are taken by their size, so that nothing cancels: of a
-    network of ReLUs without biases it is the number of its layers times the sum over all paths of the products of
-    their weights, skips counted. Batch normalisation passes its input on, as Abdelfattah et al. (2021, arXiv
-    2101.08134) leave it out, and pixels are not normalised: either would bring signs back. In double precision, as
+    network of ReLUs without biases it is the sum over all paths, skips included, of the product of the weights on it
+    times how many they are. Batch normalisation passes its input on, as Abdelfattah et al. (2021, arXiv 2101.08134)
+    leave it out, and pixels are not normalised: either would bring signs back. In double precision, as
     it grows exponentially with depth. shape: (C, H, W).
     """
     network = copy.deepcopy(network).double().eval().requires_grad_(True)
+    weights = [parameter for parameter in network.parameters() if parameter.dim() > 1]
+    device = weights[0].device if weights else None
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.abs_()
         for module in network.modules():
             if isinstance(module, _BatchNorm):
-                _pass_on(module)
+                _pass_on(module, device)
             elif isinstance(module, Normalise):
                 module.mean.zero_()
                 module.std.fill_(1)
-    weights = [parameter for parameter in network.parameters() if parameter.dim() > 1]
-    device = weights[0].device if weights else None
     with torch.enable_grad():
         flow = network(torch.ones(1, *shape, dtype=torch.float64, device=device)).sum()
     pairs = zip(weights, _gradients(flow, weights), strict=True)
@@ -207,7 +205,7 @@ def tangent_kernel(network: nn.Module, x: Tensor) -> Tensor:
     """Neural tangent kernel [N, N] of the summed logits: inner products of images' gradients in all parameters."""
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     with torch.enable_grad():
-        outputs = network(x).sum(1)
+        outputs = network(x).sum(1).unbind()
     rows = []
     for index, output in enumerate(outputs):
         gradients = _gradients(output, parameters, retain_graph=index < len(outputs) - 1)
@@ -302,13 +300,11 @@ def _hold_statistics(network: nn.Module, x: Tensor) -> None:
         norm.eval()
 
 
-def _pass_on(norm: _BatchNorm) -> None:
+def _pass_on(norm: _BatchNorm, device: torch.device | None) -> None:
     """Let ``norm`` pass its input on."""
     norm.track_running_stats, norm.eps = True, 0.0
-    like = next(norm.parameters(), None)
-    options = {"dtype": torch.float64, "device": None if like is None else like.device}
-    norm.running_mean = torch.zeros(norm.num_features, **options)  # type: ignore[arg-type]
-    norm.running_var = torch.ones(norm.num_features, **options)  # type: ignore[arg-type]
+    norm.running_mean = torch.zeros(norm.num_features, device=device, dtype=torch.float64)
+    norm.running_var = torch.ones(norm.num_features, device=device, dtype=torch.float64)
     if norm.affine:
         norm.weight.fill_(1)
         norm.bias.zero_()
