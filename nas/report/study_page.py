@@ -47,9 +47,9 @@ def render(results: Data, observations: Sequence[Observation]) -> str:
     """The page. What was not measured is not there."""
     studied = Studied(observations)
     pictures = [
-        {"name": name, "caption": CAPTIONS[name], "picture": Markup(inline(draw, studied))}
+        {"name": name, "caption": CAPTIONS[name], "picture": Markup(picture)}
         for name, draw in PICTURES.items()
-        if observations
+        if observations and (picture := inline(draw, studied))
     ]
     return template("study").render(
         results=results,

@@ -88,6 +88,8 @@ def heat_maps(figure: Figure, palette: Palette, studied: Studied) -> str:
     ]
     panels.append(("all stages", [sum(s.depths) for s in shapes], [float(np.mean(np.log2(s.widths))) for s in shapes]))
     panels = [panel for panel in panels if len(set(panel[1])) > 1 or len(set(panel[2])) > 1]
+    if not panels:
+        return ""
     robust = np.array([shape.robust for shape in shapes])
     size = np.log10([shape.parameters for shape in shapes])
     figure.set_size_inches(2.7 * len(panels) + 0.6, 3.1)
@@ -322,14 +324,15 @@ PICTURES: Mapping[str, Draw] = {
 
 
 def inline(draw: Draw, studied: Studied) -> str:
-    """The picture as an SVG element in the colours of the page."""
+    """The picture as an SVG element in the colours of the page; "" where there is nothing to draw."""
     with style(PAGE):
         figure = Figure(layout="constrained")
-        return svg_element(figure, draw(figure, PAGE, studied))
+        words = draw(figure, PAGE, studied)
+        return svg_element(figure, words) if figure.axes else ""
 
 
 def save(draw: Draw, studied: Studied, path: Path) -> None:
-    """Write the picture as .svg or .png. Equal observations give an equal file."""
+    """Write the picture as .svg or .png, if there is one to draw. Equal observations give an equal file."""
     form = path.suffix.removeprefix(".").lower()
     if form not in FORMATS:
         raise InputError(f"a picture of a study is written as .svg or .png, not '{path.name}'")
@@ -337,6 +340,8 @@ def save(draw: Draw, studied: Studied, path: Path) -> None:
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(layout="constrained")
         draw(figure, PAPER, studied)
+        if not figure.axes:
+            return
         stream = io.BytesIO()
         metadata = {"Date": None, "Creator": None} if form == "svg" else {"Software": None}
         figure.savefig(stream, format=form, dpi=160, facecolor="white", metadata=metadata)

@@ -105,3 +105,10 @@ def test_files_and_page(name: str, tmp_path: Path) -> None:
     assert not plt.get_fignums(), "figures are not kept by pyplot"
     with pytest.raises(InputError, match=r"\.svg or \.png"):
         save(PICTURES[name], studied, tmp_path / "a.gif")
+
+
+def test_too_few_configurations_have_no_fit(tmp_path: Path) -> None:
+    few = Studied(observed()[:6])
+    assert inline(PICTURES["fits"], few) == "" == inline(heat_maps, Studied(observed()[:2]))
+    save(PICTURES["fits"], few, tmp_path / "fits.svg")
+    assert not [*tmp_path.iterdir()]
