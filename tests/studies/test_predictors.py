@@ -302,7 +302,7 @@ def test_naswot_counts_agreement_image_by_image() -> None:
 
 def test_naswot_needs_relus_that_are_not_those_of_gates() -> None:
     x, y = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0)), labels(classes=3)
-    smooth = spec_of(wide((1, 1), (1, 1), (6, 8), stem=4, se="plain", se_reduction=2, activation="silu"))
+    smooth = spec_of(wide((2, 2), (1, 1), (32, 48), stem=4, se="plain", se_reduction=1, activation="silu"))
     assert at_birth(smooth, x, y, ThreatModel(), seed=0).keys() == BORN - {"birth_naswot"}
     # Two images of one code have a kernel without an inverse.
     same = at_birth(convolutional(), images(1).float().repeat(4, 1, 1, 1), labels(4), ThreatModel(), seed=0)

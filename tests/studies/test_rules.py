@@ -98,6 +98,9 @@ def test_no_rounding_of_the_exact_solution_comes_nearer() -> None:
         best = min(abs(count(one[:3], one[3:]) - budget) for one in itertools.product(*near))
         assert abs(found.cost - budget) == best
         assert all(a in b for a, b in zip((*found.depths, *found.factors), near, strict=True))
+        fine = robust_scaling(count, budget, step=1 / 64)
+        assert all(abs(a - b) < 1.02 / 64 for a, b in zip(fine.factors, real[3:], strict=True))
+        assert abs(fine.cost - budget) < best or best <= 1
 
 
 def test_of_equal_costs_the_nearest_in_share_is_taken() -> None:
