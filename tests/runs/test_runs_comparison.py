@@ -590,10 +590,14 @@ def test_commands_and_recipes_that_do_not_fit(recipe_path: Path, finished: Path)
 
 
 def test_a_recipe_without_search_or_comparison_is_refused(tmp_path: Path) -> None:
-    table = read_table(str(comparison_recipe(tmp_path)))
-    del table["compare"]
-    with pytest.raises(InputError, match=r"\[search\]"):
-        build(table)
+    path = comparison_recipe(tmp_path)
+    text = path.read_text()
+    path.write_text(text[: text.index("[compare]")] + text[text.index("[evaluate]") :])
+    assert "compare" not in read_table(str(path)) and "search" not in read_table(str(path))
+    for command in ("run", "search"):
+        size = settings("train.cells=4", "train.channels=2")
+        assert "has no [search] table" in nas(command, path, "--out", "new", *size).refusal
+    assert not os.path.exists("new")
 
 
 def test_a_genotype_that_cannot_be(recipe_path: Path) -> None:

@@ -67,8 +67,8 @@ def test_a_slice_is_what_the_networks_themselves_cost(what: str) -> None:
 
 
 def test_compound_scaling_follows_its_rule_at_every_size() -> None:
-    sizes, shares = [100_000, 400_000], [0.4, 0.7]
-    rule = {"parameters": sizes, "shares": shares, "base": [4, 8, 16], "step": 0.25}
+    sizes, shares = [40_000, 100_000], [0.4, 0.7]
+    rule = {"parameters": sizes, "shares": shares, "base": [4, 8, 16], "step": 0.5}
     found = plan({"space": "residual", "configurations": "compound", "compound": rule})
     assert len(found) == 4
     for one, (size, share) in zip(found, itertools.product(sizes, shares), strict=True):
@@ -116,7 +116,7 @@ def test_costs_of_a_grid_from_few_networks() -> None:
 
 def test_costs_of_cells_depend_on_two_sections_before() -> None:
     costs = Costs(spec)
-    for one in plan({**CELLS, "channels": [2], "ratios": [[1, 2, 2], [2, 1, 4]]}):
+    for one in plan({**CELLS, "channels": [2], "ratios": [[1, 2, 2], [2, 1, 4]]})[::2]:
         whole = complexity(spec(one))
         assert costs(one) == (whole.parameters, whole.macs)
 

@@ -273,6 +273,7 @@ def test_networks_are_compressed(genotype) -> None:
     assert separable.apply(model)(x).shape == (3, 3)
 
 
+@pytest.mark.slow
 def test_networks_are_exported(tmp_path) -> None:
     spec, model = spec_of(SMALL[3], (1, 8, 8), 3), seen(SMALL[3])
     export_model(spec, model, tmp_path, ["json", "safetensors", "onnx"])

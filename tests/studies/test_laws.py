@@ -52,7 +52,7 @@ def test_slopes_are_at_equal_size() -> None:
 def test_intervals_of_slopes_hold_the_truth_about_as_often_as_they_say() -> None:
     draws = np.random.default_rng(0)
     hits = 0
-    for seed in range(100):
+    for seed in range(60):
         # Configurations differ by more than their seeds do: they are what is sampled.
         own = {d: 0.03 * draws.standard_normal() for d in range(1000)}
         planted = study(
@@ -62,7 +62,7 @@ def test_intervals_of_slopes_hold_the_truth_about_as_often_as_they_say() -> None
         found = laws(planted, seed=seed)
         low, high = next(one for one in found if one.name == "blocks").slope_interval
         hits += low <= 0.01 <= high
-    assert 84 <= hits <= 100
+    assert 50 <= hits <= 60
 
 
 def test_bands_hold_the_fit_and_nothing_is_fitted_to_little() -> None:
