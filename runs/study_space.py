@@ -350,10 +350,11 @@ def refusal(budget: Budget | None, limits: Limits, counted: Sequence[tuple[Confi
     assert budget is not None
     name, target = ("parameters", budget.parameters) if budget.parameters else ("macs", budget.macs)
     near = min((p if budget.parameters else m for _, p, m in within), key=lambda cost: abs(cost - target))
+    # Up to the next thousandth; a tolerance of all and more is none.
+    enough = math.ceil(1000 * abs(near - target) / target) / 1000
     return (
         f"study.budget: no configuration has {name} within {budget.tolerance:.1%} of {target:,.0f}; the nearest "
-        f"possible is {near:,}: set study.budget.{name}={near}, or a tolerance of "
-        f"{abs(near - target) / target:.3f} or more"
+        f"possible is {near:,}: set study.budget.{name}={near}" + f", or a tolerance of {enough:.3f}" * (enough < 1)
     )
 
 

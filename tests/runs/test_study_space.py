@@ -99,6 +99,11 @@ def test_an_impossible_budget_names_the_nearest() -> None:
     ):
         plan({**GRID, "budget": {"parameters": 10 * costs[-1]}})
     assert plan({**GRID, "budget": {"parameters": costs[-1]}})
+    with pytest.raises(InputError, match=r"or a tolerance of (0\.\d+)$") as refused:
+        plan({**GRID, "budget": {"parameters": 1.2 * costs[-1], "tolerance": 0.01}})
+    assert plan({**GRID, "budget": {"parameters": 1.2 * costs[-1], "tolerance": float(str(refused.value)[-5:])}})
+    with pytest.raises(InputError, match=r"set study.budget.parameters=\d+$"):
+        plan({**GRID, "budget": {"parameters": costs[0] / 3}})
     with pytest.raises(InputError, match=rf"limits.parameters = 10 \(the smallest has {costs[0]:,}\)"):
         plan({**GRID, "limits": {"parameters": 10}})
     assert len(plan({**GRID, "limits": {"parameters": costs[0]}})) == 1
