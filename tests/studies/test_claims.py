@@ -97,8 +97,9 @@ def test_what_cannot_be_tested_says_why() -> None:
     assert "does not vary" in same[DEPTH].how
     cells = claims(study(lambda d, w: 0.5, space="dsara"), seed=0)
     assert "not of cells" in cells[WIDTHS].how
-    # One seed each: noise is that of the test images.
-    assert claims(study(lambda d, w: 0.5, seeds=1), seed=0)[LARGER].verdict != "cannot be tested"
+    # Between single trainings nothing tells a difference from chance; over many configurations a slope still may.
+    alone = claims(study(lambda d, w: 0.5, seeds=1), seed=0)
+    assert "one seed" in alone[LARGER].how and alone[LAST].verdict == "not supported by this data"
 
 
 def test_holm_by_hand() -> None:
