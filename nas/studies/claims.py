@@ -25,6 +25,7 @@ from nas.studies.laws import control, parabolas, regressor
 from nas.studies.observation import Observation
 from nas.studies.ranking import Table, factors, table_of, tau_b, tau_draws
 from nas.studies.ranking import interval_of as tau_interval
+from nas.studies.rules import DEPTH_PATTERN, WIDTH_PATTERN, in_good_ratio, width_depth_ratio
 
 Array = NDArray[np.float64]
 Verdict = Literal["supported", "contradicted", "not supported by this data", "cannot be tested"]
@@ -280,8 +281,8 @@ def _ratio(table: Table, draws: np.random.Generator) -> Evidence:
     """Whether networks with a width of 7.5 to 13.5 channels a block are more robust at equal size."""
     if any(one.space in CELL_SPACES or len(one.depths) < 2 for one in table.first):
         raise Untestable("the ratio is of networks of at least two stages")
-    ratios = np.array([np.mean(np.divide(one.widths, one.depths)[:-1]) for one in table.first])
-    inside = ((ratios >= 7.5) & (ratios <= 13.5)).astype(float)
+    ratios = np.array([width_depth_ratio(one.depths, one.widths) for one in table.first])
+    inside = np.array([float(in_good_ratio(one.depths, one.widths)) for one in table.first])
     if min(inside.sum(), len(inside) - inside.sum()) < 3:
         raise Untestable(
             f"width/depth ratios go from {ratios.min():.3g} to {ratios.max():.3g}: three of each side needed"
@@ -305,12 +306,12 @@ CLAIMS: tuple[tuple[str, str, Test], ...] = (
     (
         "The most robust networks have depths of about 2:2:1.",
         "Huang et al., 2023",
-        _pattern("the blocks", (2, 2, 1), lambda one: np.array(one.depths, dtype=float)),
+        _pattern("the blocks", DEPTH_PATTERN, lambda one: np.array(one.depths, dtype=float)),
     ),
     (
         "The most robust networks have widening factors of about 2:2.5:1.",
         "Huang et al., 2023",
-        _pattern("the widening", (2, 2.5, 1), factors),
+        _pattern("the widening", WIDTH_PATTERN, factors),
     ),
     ("Total depth hardly ranks networks by robustness.", "Huang et al., 2023", _weak("blocks")),
     ("Total width hardly ranks networks by robustness.", "Huang et al., 2023", _weak("mean width")),

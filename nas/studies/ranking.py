@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nas.studies import rules
 from nas.studies.observation import Observation, by_configuration
 
 Array = NDArray[np.float64]
@@ -88,8 +89,8 @@ def factors(one: Observation) -> Array:
 
 
 def depth_share(one: Observation) -> float:
-    """sum D / (sum D + sum W), W in widening factors (Huang et al., 2023, arXiv 2212.11005)."""
-    return one.depth / (one.depth + float(factors(one).sum()))
+    """The share of depth by ``rules.depth_share``."""
+    return rules.depth_share(one.depths, [float(factor) for factor in factors(one)])
 
 
 def tau_b(x: Array, y: Array) -> float:
