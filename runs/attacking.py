@@ -27,7 +27,7 @@ from nas.threat_model import ThreatModel
 from runs.directory import default_path, make_folder, write_json
 from runs.finished import label_of, network_folder, networks_of, opened
 from runs.judging import Bench, Tick, judge
-from runs.outside import data_from, is_outside, network_from
+from runs.outside import data_from, is_outside, network_from, source_from
 from runs.progress import Observer
 from runs.recipe import attack_from, override_key
 from runs.tasks import bench_of, device_of, model_folder
@@ -139,7 +139,7 @@ def _outside(request: Request, tick: Tick) -> tuple[dict[str, Any], Path]:
     network = network_from(request.target, request.weights, device)
     if request.draws > 1:
         network = Expectation(network, request.draws).eval()
-    data = data_from(request.data).to(device)
+    data = data_from(source_from(request.data)).to(device)
     bench = Bench(data.x_test.float() / 255, data.y_test, threat_model, request.seed or 0, tick=tick)
     title = Path(request.target).name
     folder = request.out or default_path("attack-" + "".join(c if c.isalnum() else "_" for c in title))

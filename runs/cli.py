@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,9 @@ import typer
 from nas.errors import Failure, InputError, nearest
 from runs.cli_analyse import analyse
 from runs.cli_finished import attack, compress, export, report
+from runs.cli_start import doctor, new, welcome
 from runs.cli_study import study
+from runs.directory import program_version
 from runs.show import (
     comparison_table,
     error_console,
@@ -25,7 +28,7 @@ from search_spaces.genotype import AnyGenotype, Genotype, GenotypeError
 
 app = typer.Typer(
     help="Search, analyse, train, compress, attack and export adversarially robust architectures.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -79,6 +82,25 @@ def main() -> None:
 
 def _complain(text: str) -> None:
     error_console.print(f"nas: {text}", style="red", markup=False, highlight=False)
+
+
+@app.callback()
+def start(
+    context: typer.Context,
+    own: Annotated[
+        list[Path] | None,
+        typer.Option("--plugins", metavar="FOLDER", help="Plug-ins of your own: FOLDER/training/mine.py, ..."),
+    ] = None,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    """Find network architectures that stay accurate under attack; train, shrink, attack and export them."""
+    from nas import plugins
+
+    plugins.use(*own or ())
+    if version:
+        print(program_version())
+    elif context.invoked_subcommand is None:
+        welcome()
 
 
 @app.command()
@@ -328,13 +350,11 @@ def _runs(folder: Path) -> dict[str, str]:
         except InputError as error:
             rows[path.parent.name] = str(error)
             continue
-        last = run.path / ("analyse/result.json" if run.command == "search" else "results.json")
-        finished = f"unfinished: nas {run.command} --resume {run.path}"
-        rows[path.parent.name] = "finished" if last.exists() else finished
+        rows[path.parent.name] = "finished" if run.finished else f"unfinished: {shlex.join(run.continuing)}"
     return rows
 
 
-for _command in (analyse, compress, attack, export, report):
+for _command in (analyse, compress, attack, export, report, doctor, new):
     app.command()(_command)
 app.add_typer(study, name="study")
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from nas import plugins
 from nas.errors import InputError
 from nas.tensor_file import write_text
 from search_spaces.native.library import why_not
@@ -40,6 +41,16 @@ class RunDirectory:
     command: str
     table: Mapping[str, Any]
     genotype: Mapping[str, Any] | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether all that it was begun for is done."""
+        return (self.path / ("analyse/result.json" if self.command == "search" else "results.json")).exists()
+
+    @property
+    def continuing(self) -> list[str]:
+        """The command that goes on with it."""
+        return ["nas", *self.command.split(), "--resume", str(self.path)]
 
     def folder(self, task: str) -> Path:
         """The folder of a task, made if need be."""
@@ -163,6 +174,7 @@ def environment() -> dict[str, str]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": cuda,
         "native_kernels": why_not() or "yes",
+        **{f"plug-in {name}": digest for name, digest in plugins.own().items()},
     }
 
 

@@ -8,7 +8,7 @@ import pickle
 import re
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,13 +49,18 @@ def network_from(name: str, weights: Path | None, device: torch.device) -> nn.Mo
     return model.eval().to(device) if not isinstance(model, _Exported) else model.to(device)
 
 
-def data_from(text: str) -> ImageData:
-    """A data set: a plug-in's name, a file (.npz), or "name:path", e.g. "folder:./images"."""
+def source_from(text: str, **more: Any) -> dict[str, Any]:
+    """The [data] table of a data set: a plug-in's name, a file (.npz), or "name:path", e.g. "folder:./images"."""
     name, _, path = text.partition(":")
     if text.endswith(".npz") and not path:
         name, path = "arrays", text
-    loader = construct(plugins.load("data", name), {"path": path} if path else {}, "--data")
-    data: ImageData = loader()
+    return {"name": name, **({"path": path} if path else {}), **more}
+
+
+def data_from(table: Mapping[str, Any]) -> ImageData:
+    """The data set that a table of ``source_from`` names."""
+    entries = dict(table)
+    data: ImageData = construct(plugins.load("data", entries.pop("name")), entries, "--data")()
     return data
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from nas import plugins
 from nas.errors import Failure, InputError
 from runs import comparison
 from runs.directory import RunDirectory, open_run
@@ -160,6 +161,7 @@ def _work(connection: Connection, path: str, parent: int) -> None:
     die_with(parent)
     # Ctrl-C reaches the whole group; the parent decides, workers just end with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    plugins.use_named()
     with open(Path(path) / "lock.workers", "a", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         run = open_run(Path(path))

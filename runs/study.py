@@ -31,6 +31,7 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
+from nas import plugins
 from nas.errors import Diverged, Failure, InputError
 from nas.model_file import ModelSpec
 from nas.studies.observation import Observation
@@ -220,6 +221,7 @@ def _worker(connection: Connection, path: str, storage: str, parent: int) -> Non
     # Ctrl-C reaches the whole group; the parent decides, workers just end with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
+        plugins.use_named()
         work(open_run(Path(path)), storage)
         connection.send(("done", ""))
     except (InputError, GenotypeError) as error:

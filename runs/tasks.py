@@ -179,7 +179,7 @@ def _search(context: Context) -> dict[str, Any]:
             context.split,
             part.settings,
             weight_objective=part.weight_objective,
-            objectives=_objectives(part),
+            objectives=search_objectives(part),
             attack=part.attack,
             seed=context.seed,
             checkpoint=folder / "checkpoint.safetensors",
@@ -196,7 +196,7 @@ def _search(context: Context) -> dict[str, Any]:
     }
 
 
-def _objectives(part: SearchPart) -> dict[str, Objective]:
+def search_objectives(part: SearchPart) -> dict[str, Objective]:
     """What the stages of a search may name."""
     return {"natural": Standard(), "adversarial": PgdAt(part.attack)}
 
@@ -213,7 +213,7 @@ def recomputes_within(recipe: Recipe, budget: float, say: Callable[[str], None])
     )
     part = recipe.search
     trial = DryRun(
-        recipe.space, data, parts, part.weight_objective, _objectives(part), part.attack, device.type,
+        recipe.space, data, parts, part.weight_objective, search_objectives(part), part.attack, device.type,
         recipe.general.threads,
     )  # fmt: skip
     return fit(part.settings, budget, trial.peak, say).recompute_cells

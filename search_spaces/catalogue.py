@@ -42,6 +42,8 @@ def spaces() -> dict[str, Space]:
     """All spaces by name."""
     found = {}
     for module_info in pkgutil.iter_modules(search_spaces.__path__):
+        if module_info.name.startswith("_"):
+            continue
         space = getattr(importlib.import_module(f"search_spaces.{module_info.name}"), "SPACE", None)
         if space is not None:
             found[module_info.name] = space

@@ -29,14 +29,21 @@ class Folder:
     Without train and test folders a fixed stratified fifth is held out as the test part. Every file that is not
     hidden must be an image that Pillow reads. ``size``: each image is scaled until its shorter side has that many
     pixels and cropped around its centre; without it all images must have the same size. ``grey``: one channel
-    instead of three. Raises InputError that names file or folder and remedy.
+    instead of three. The limits keep at most that many images, stratified and drawn with ``seed``. Raises InputError
+    that names file or folder and remedy.
     """
 
     path: str
     size: int | None = None
     grey: bool = False
+    train_limit: int | None = None
+    test_limit: int | None = None
+    seed: int = 0
 
     def __call__(self) -> ImageData:
+        return self._whole().limited(self.train_limit, self.test_limit, self.seed)
+
+    def _whole(self) -> ImageData:
         if self.size is not None and self.size < 1:
             raise InputError(f"the image size is {self.size}; it must be a number of pixels above 0")
         root = Path(self.path).expanduser()

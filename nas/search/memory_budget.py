@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from nas import plugins
 from nas.data.image_data import ImageData
 from nas.data.split import Split
 from nas.errors import InputError
@@ -42,7 +43,7 @@ class DryRun:
         few = self._reduced(settings.batch_size)
         stages = tuple(dataclasses.replace(stage, until=i + 1) for i, stage in enumerate(settings.stages))
         short = dataclasses.replace(settings, stages=stages, monitored=settings.batch_size)
-        with context.Pool(1) as pool:
+        with context.Pool(1, plugins.use_named) as pool:
             measured = pool.apply(_peak, (few, short))
         # Of the images only few went along; of the memory of perturbations (float16) as many.
         missing = self.data.x_train.numel() - few.data.x_train.numel()

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from nas.errors import InputError
-from runs.outside import data_from, is_outside, network_from
+from runs.outside import data_from, is_outside, network_from, source_from
 
 CPU = torch.device("cpu")
 
@@ -170,10 +170,10 @@ def test_pickles_inside_of_a_program_are_not_run(program: Path, folder: Path) ->
 def test_data_by_name_and_by_file(tmp_path: Path) -> None:
     import numpy as np
 
-    assert data_from("digits").input_shape == (1, 8, 8)
+    assert data_from(source_from("digits")).input_shape == (1, 8, 8)
     arrays = {"x": np.zeros((4, 8, 8), np.uint8), "y": np.arange(4) % 2}
     np.savez(tmp_path / "own.npz", x_train=arrays["x"], y_train=arrays["y"], x_test=arrays["x"], y_test=arrays["y"])
-    assert len(data_from(str(tmp_path / "own.npz")).x_test) == 4
-    assert len(data_from(f"arrays:{tmp_path / 'own.npz'}").x_test) == 4
+    assert len(data_from(source_from(str(tmp_path / "own.npz"))).x_test) == 4
+    assert len(data_from(source_from(f"arrays:{tmp_path / 'own.npz'}")).x_test) == 4
     with pytest.raises(InputError, match="digits"):
-        data_from("digit")
+        data_from(source_from("digit"))
