@@ -50,9 +50,6 @@ MemoryBudget = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
-OTHERS = {"compare": "compare", "study": "study width-depth"}
-"""Which command a recipe without a search is for, by the table it has."""
-
 # Typer moved its copy of click's exceptions between versions; this is their common ancestor in all of them.
 UsageProblem: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
@@ -181,12 +178,11 @@ def _start(
     memory_budget: float | None = None,
 ) -> None:
     """Create or continue a run, carry it out, and say what came of it."""
-    from runs.comparison import read_genotype_of
-    from runs.directory import check_same_recipe, create, default_path, open_run
+    from runs.directory import check_same_recipe, open_run
+    from runs.launch import begin
     from runs.pipeline import carry_out
     from runs.progress import observer
-    from runs.recipe import build, check_size, read_table
-    from runs.tasks import device_of, recomputes_within
+    from runs.recipe import read_table
 
     table = read_table(recipe, overrides or [], seed) if recipe is not None else None
     data = genotype.to_data() if genotype is not None else None
@@ -207,20 +203,7 @@ def _start(
     elif table is None:
         raise InputError(f"name a recipe (nas list recipes) or a run to continue: nas {command} digits")
     else:
-        built = build(table)
-        device_of(built.general.device)
-        if command == "compare":
-            genotype = read_genotype_of(built)
-            data = genotype.to_data()
-        elif command in ("run", "search") and "search" not in table:
-            other = next((f"nas {way} {recipe}" for key, way in OTHERS.items() if key in table), "nas train")
-            raise InputError(f"recipe '{recipe}' has no [search] table: {other} is what it is for")
-        if isinstance(genotype, Genotype):
-            check_size("train", genotype.layout, built.train.cells, built.train.channels or 1)
-        _prepare_kernels()
-        if memory_budget is not None and recomputes_within(built, memory_budget, _note):
-            table["search"]["recompute_cells"] = True
-        directory = create(out or default_path(built.general.name), command, table, data)
+        directory = begin(command, table, genotype, out, memory_budget=memory_budget, say=_note)
     progress_console = error_console if as_json else out_console
     if not as_json:
         out_console.print(f"{directory.path}", markup=False, highlight=False)
@@ -228,17 +211,6 @@ def _start(
         carry_out(directory, watching)
     again = [recipe or directory.table["name"], *(f"--set={item}" for item in overrides or [])]
     _conclude(directory, as_json, again + ([f"--seed={seed}"] if seed is not None else []))
-
-
-def _prepare_kernels() -> None:
-    """Compile the CPU's kernels where that was not done before, and say so; or say why they cannot be had."""
-    from search_spaces.native import library
-
-    if not library.is_compiled():
-        error_console.print("compiling the kernels for this processor, once (about 15 s)", highlight=False)
-    if reason := library.why_not():
-        note = f"note: without its kernels a search on the CPU is several times slower: {reason}"
-        error_console.print(note, markup=False, highlight=False)
 
 
 def _note(line: str) -> None:

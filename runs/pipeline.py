@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -121,9 +123,15 @@ def _start_worker(run: RunDirectory) -> _Worker:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_work, args=(there, str(run.path), os.getpid()), daemon=True)
-    process.start()
+    start_alone(process)
     there.close()
     return _Worker(process, here)
+
+
+def start_alone(process: Any) -> None:
+    """Start a process that does not import the program it is started from: a script would begin its work again."""
+    with mock.patch.dict(sys.modules, {"__main__": ModuleType("__main__")}):
+        process.start()
 
 
 def _hear(worker: _Worker, observer: Observer) -> str | None:

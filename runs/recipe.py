@@ -504,8 +504,7 @@ def _evaluate(table: object, threat_model: ThreatModel) -> EvaluatePart:
 def override_key(table: dict[str, Any], override: str) -> None:
     """Apply ``section.key=value``; the value is TOML, and text where it is not."""
     key, separator, text = override.partition("=")
-    path = key.strip().split(".")
-    if not separator or not all(path):
+    if not separator:
         raise InputError(f"--set {override}: write key=value, e.g. --set search.channels=8")
     value: Any = text.strip()
     try:
@@ -514,6 +513,14 @@ def override_key(table: dict[str, Any], override: str) -> None:
             value = parsed["value"]
     except (ValueError, RecursionError):
         pass
+    set_key(table, key.strip(), value)
+
+
+def set_key(table: dict[str, Any], key: str, value: Any) -> None:
+    """Put ``value`` at the dotted ``key`` of nested tables, made where missing; numbers are places in lists."""
+    path = key.split(".")
+    if not all(path):
+        raise InputError(f"--set {key}: write key=value, e.g. --set search.channels=8")
     target: Any = table
     for name in path[:-1]:
         if isinstance(target, list):

@@ -36,7 +36,7 @@ from nas.errors import Diverged, Failure, InputError
 from nas.model_file import ModelSpec
 from nas.studies.observation import Observation
 from runs.directory import RunDirectory, flatten, open_run, read_json, write_json
-from runs.pipeline import die_with
+from runs.pipeline import die_with, start_alone
 from runs.progress import Observer
 from runs.recipe import Recipe, build
 from runs.study_ledger import Abandoned, Claim, Ledger, configuration_of
@@ -169,7 +169,7 @@ def _with_workers(
         for _ in range(workers):
             here, there = context.Pipe()
             process = context.Process(target=_worker, args=(there, str(run.path), storage, os.getpid()), daemon=True)
-            process.start()
+            start_alone(process)
             there.close()
             running.append((process, here))
         while running:
