@@ -434,10 +434,6 @@ def test_command_that_is_none(arguments: list[str], word: str) -> None:
     assert word.lower() in nas(*arguments).refusal.lower()
 
 
-def test_nothing_to_do_is_answered_with_help() -> None:
-    outcome = nas()
-    assert "Usage" in outcome.out and not outcome.err
-
 
 # --- real processes
 
