@@ -6,12 +6,15 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nas.errors import InputError
 from runs.show import error_console, models_table, next_commands, out_console, throughput_table
+
+if TYPE_CHECKING:
+    from nas.export.package import ExportedFile
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 Out = Annotated[Path | None, typer.Option(help="Folder to write, instead of one inside the run.")]
@@ -206,10 +209,12 @@ def export(
 ) -> None:
     """Export a trained network of a run, or an architecture; every file is reloaded in a fresh process and compared."""
     from nas.analysis.complexity import parameters_of
-    from nas.export.package import check_formats, export_model
-    from nas.export.parity import check_exports, export_architecture
+    from nas.export.package import check_formats
+    from nas.export.parity import export_architecture
     from nas.model_file import ModelSpec, load_model
+    from nas.threat_model import ThreatModel
     from runs.directory import make_folder
+    from runs.exporting import attack_by, export_into
     from runs.finished import network_folder, opened
     from runs.tasks import model_folder
     from search_spaces.catalogue import load_genotype
@@ -235,10 +240,7 @@ def export(
             spec, network = load_model(network_folder(model_folder(context.run, model), path, model))
             folder = out or context.run.path / f"export-{model}"
             make_folder(folder)
-            export_model(spec, network, folder, formats)
-            rows = context.split.validation[:32]
-            inputs = context.data.x_train.cpu()[rows].float() / 255
-            files = check_exports(folder, spec, network, inputs)
+            files = export_into(context, spec, network, folder, formats)
     else:
         mean = (0.5,) * (image_channels or 3)
         labels = tuple(str(i) for i in range(classes or 10))
@@ -252,15 +254,28 @@ def export(
         except ValueError as error:
             raise InputError(f"{what}: {error}") from None
         make_folder(folder)
-        files = export_architecture(spec, folder, formats)
+        files = export_architecture(spec, folder, formats, attack_by(ThreatModel()))
     if as_json:
         print(json.dumps([dataclasses.asdict(file) for file in files]))
         return
     for file in files:
-        difference = "" if file.difference is None else f"  (reloaded, largest logit difference {file.difference:.1e})"
-        out_console.print(f"{folder / file.file}{difference}", highlight=False, markup=False)
+        out_console.print(f"{folder / file.file}{_compared(file)}", highlight=False, markup=False)
     if not trained:
         next_commands(["nas", "train", "cifar10", "--genotype", what])
+    elif "py" in formats:
+        next_commands(["python", folder / "network.py", folder / "network.safetensors"])
+    else:
+        next_commands(["ls", folder])
+
+
+def _compared(file: ExportedFile) -> str:
+    if file.difference is None:
+        return ""
+    gradient = "" if file.gradient is None else f", of gradients {file.gradient:.0e}"
+    return (
+        f"  (reloaded; largest difference of logits {file.difference:.0e}, on adversarial images {file.adversarial:.0e}"
+        f"{gradient})"
+    )
 
 
 def report(path: RunArgument) -> None:
@@ -274,10 +289,9 @@ def report(path: RunArgument) -> None:
         raise InputError(f"{path} is a study: nas study report {path} writes its page again")
     if run_directory.command == "search":
         raise InputError(f"{path} is a search, which has no report: nas analyse {path} shows what it found")
-    if run_directory.command.startswith("study"):
-        raise InputError(f"{path} is a study: nas study report {path} writes what it found")
     if not (path / "results.json").exists():
         raise InputError(f"{path} is not finished: nas {run_directory.command} --resume {path} finishes it")
     write = write_comparison_page if run_directory.command == "compare" else write_page
     page = write(run_directory, read_json(path / "results.json"))
     out_console.print(str(page), markup=False, highlight=False)
+    next_commands(["open", page])

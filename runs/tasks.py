@@ -27,8 +27,6 @@ from nas.compression.size import stored_size
 from nas.data.image_data import ImageData
 from nas.data.split import Split, split
 from nas.errors import InputError
-from nas.export.package import export_model
-from nas.export.parity import check_exports
 from nas.export.source import why_no_source
 from nas.model_file import ModelSpec, load_model, save_model, weights_digest, with_plan
 from nas.objective import Objective, Setting, prediction_of
@@ -46,6 +44,7 @@ from nas.training.standard import Standard
 from nas.training.weight_perturbation import WeightPerturbation
 from runs.compress_part import PARENT, CompressPart, Step
 from runs.directory import RunDirectory, flatten, read_json, write_json
+from runs.exporting import export_into
 from runs.judging import Bench, judge
 from runs.metrics import MetricsLog
 from runs.recipe import Recipe, SearchPart
@@ -469,9 +468,6 @@ def bench_of(context: Context) -> Bench:
 
 def _export(context: Context) -> dict[str, Any]:
     run = context.run
-    # The test set is for the final evaluation only: exports are compared on held-out training images.
-    rows = context.split.validation[:32].to(context.device)
-    inputs = (context.data.x_train[rows].float() / 255).cpu()
     files, left_out = [], {}
     for name in ("searched", "compressed"):
         if not (model_folder(run, name) / "result.json").exists():
@@ -483,10 +479,9 @@ def _export(context: Context) -> dict[str, Any]:
             left_out[name] = {"format": "py", "reason": reason}
         else:
             formats.append("py")
-        export_model(spec, model, folder, formats)
-        for file in check_exports(folder, spec, model, inputs):
+        for file in export_into(context, spec, model, folder, formats):
             entry = str((folder / file.file).relative_to(run.path))
-            files.append({"file": entry, "format": file.format, "difference": file.difference})
+            files.append({**dataclasses.asdict(file), "file": entry})
     return {"files": files, "left_out": left_out}
 
 

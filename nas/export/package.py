@@ -23,13 +23,16 @@ from nas.tensor_file import write_bytes, write_text
 class ExportedFile:
     """A file of an export, and the format it belongs to.
 
-    difference: largest difference of its logits from the model's after reloading it; None where it was not
-    checked or holds no weights.
+    difference, adversarial: largest difference of its logits from the model's after reloading it, on images as they are
+    and on adversarial ones. gradient: difference of its loss's gradients by adversarial images from the model's, as a
+    share of these. None where that was not checked, or where the format holds no weights or has no gradients.
     """
 
     file: str
     format: str
     difference: float | None = None
+    adversarial: float | None = None
+    gradient: float | None = None
 
 
 @dataclass(frozen=True)

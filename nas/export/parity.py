@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,12 @@ Above 10 the resolution of float32 grows with the logits, and so does the differ
 ROUNDING = 0.05
 """The same for an int8 engine, as a share of the largest logit: sums in another order may round to another level."""
 
+GRADIENT = 1e-3
+"""Largest difference of gradients that counts as equal, as a share of their norm.
+
+An activation that rounding moves over its kink turns single entries.
+"""
+
 TIMEOUT = 600
 """Seconds after which the process that reloads the exports is given up."""
 
@@ -49,13 +55,22 @@ class ExportMismatch(Failure):
         self.difference = difference
 
 
-def check_exports(folder: Path, spec: ModelSpec, model: nn.Module, inputs: Tensor) -> list[ExportedFile]:
-    """Every exported file in ``folder``, with the largest difference of its logits from those of ``model``.
+Attacks = Callable[[nn.Module, Tensor], Tensor]
+"""Makes adversarial images of a network from images [N, C, H, W]."""
 
-    inputs: pixels [N, C, H, W]. One child process reloads all formats on the CPU; it is isolated from this
-    project until the source file has been run. Raises ``ExportMismatch`` where logits differ by more than
-    ``TOLERANCE``, or where classes, genotype or specification are others than those of ``spec``, and
-    ``InputError`` where there is nothing to check.
+
+def check_exports(
+    folder: Path, spec: ModelSpec, model: nn.Module, inputs: Tensor, attack: Attacks
+) -> list[ExportedFile]:
+    """Every exported file in ``folder``, with the largest differences of its logits from those of ``model``.
+
+    inputs: pixels [N, C, H, W]; attack: makes adversarial images of them, on which files are compared as well: a
+    network that agrees on clean images only would be more or less robust than the one exported. Where a format has
+    gradients they are compared on the adversarial images: what cannot be attacked would look robust. One child process
+    reloads all formats on the CPU; it is isolated from this project until the source file has been run. Raises
+    ``ExportMismatch`` where logits differ by more than ``TOLERANCE`` or gradients by more than ``GRADIENT``, or where
+    classes, genotype or specification are others than those of ``spec``, and ``InputError`` where there is nothing to
+    check.
     """
     formats = [
         name
@@ -65,11 +80,12 @@ def check_exports(folder: Path, spec: ModelSpec, model: nn.Module, inputs: Tenso
     if not formats:
         raise InputError(f"{folder} holds no exported files that can be checked")
     inputs = inputs.detach().cpu().contiguous()
-    with torch.no_grad():
-        again = copy.deepcopy(model).cpu().eval()
-        begin(again)  # as a model that was just loaded does
-        expected = again(inputs)
-    report, logits = _reloaded(folder, inputs, formats)
+    again = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    adversarial = attack(again, inputs).detach().contiguous()
+    begin(again)  # as a model that was just loaded does
+    images = {"clean": inputs, "adversarial": adversarial}
+    expected = reload.answers(again, images)
+    report, found = _reloaded(folder, images, formats)
     checked = []
     for name in formats:
         files = FORMATS[name].files
@@ -78,12 +94,18 @@ def check_exports(folder: Path, spec: ModelSpec, model: nn.Module, inputs: Tenso
         if report[name]["plain"] != _plain(spec)[name]:
             raise ExportMismatch(files[0], "describes another network than the one exported")
         rounds = name == "onnx" and any(plan.method == "int8" for plan in spec.plans)
-        difference = _difference(files[0], logits[name], expected, rounds=rounds) if name in logits else None
-        checked += [ExportedFile(file, name, difference) for file in files]
+        on_clean, on_adversarial = (
+            _difference(f"{files[0]}{where}", found[name][part], expected[part], rounds=rounds) if found[name] else None
+            for part, where in (("clean", ""), ("adversarial", ", on adversarial images,"))
+        )
+        gradient = None
+        if name in reload.DIFFERENTIABLE and "gradient" in expected:
+            gradient = _gradient_difference(files[0], found[name].get("gradient"), expected["gradient"])
+        checked += [ExportedFile(file, name, on_clean, on_adversarial, gradient) for file in files]
     return checked
 
 
-def export_architecture(spec: ModelSpec, folder: Path, formats: Sequence[str]) -> list[ExportedFile]:
+def export_architecture(spec: ModelSpec, folder: Path, formats: Sequence[str], attack: Attacks) -> list[ExportedFile]:
     """Write what ``formats`` say of the network of ``spec`` by itself, without weights, to ``folder``.
 
     The files are made, reloaded and compared with weights that were drawn, which then are left out.
@@ -94,7 +116,7 @@ def export_architecture(spec: ModelSpec, folder: Path, formats: Sequence[str]) -
             torch.manual_seed(0)
             model, inputs = spec.build().eval(), torch.rand(2, *spec.input_shape)
         export_model(spec, model, Path(scratch), formats)
-        checked = check_exports(Path(scratch), spec, model, inputs)
+        checked = check_exports(Path(scratch), spec, model, inputs, attack)
         weights = {file for entry in FORMATS.values() for file in entry.weights}
         kept = [file for file in checked if file.file not in weights]
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,11 +153,27 @@ def _difference(file: str, logits: Tensor, expected: Tensor, *, rounds: bool = F
     return difference
 
 
-def _reloaded(folder: Path, inputs: Tensor, formats: list[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What reload.py reports of the exports in ``folder``, and their logits, by format."""
+def _gradient_difference(file: str, gradient: Tensor | None, expected: Tensor) -> float:
+    if gradient is None:
+        raise ExportMismatch(file, "has no gradients, but the model has: it would look robust to attacks by gradients")
+    difference = float((gradient - expected).norm() / expected.norm().clamp(min=1e-30))
+    if not difference <= GRADIENT:
+        message = (
+            f"has gradients that differ from the model's by {difference:.3g} of their size, more than {GRADIENT:g}: "
+            "attacks on it would not be attacks on the model"
+        )
+        raise ExportMismatch(file, message, difference)
+    return difference
+
+
+Found = dict[str, dict[str, Tensor]]
+
+
+def _reloaded(folder: Path, images: dict[str, Tensor], formats: list[str]) -> tuple[dict[str, Any], Found]:
+    """What reload.py reports of the exports in ``folder``, and their answers to ``images``, by format."""
     packages = Path(__file__).resolve().parents[2]
     with tempfile.TemporaryDirectory() as scratch:
-        save_file({"inputs": inputs}, Path(scratch, "inputs.safetensors"))
+        save_file(images, Path(scratch, "images.safetensors"))
         # -I: neither the working directory nor PYTHONPATH can lend the source file a module.
         command = [sys.executable, "-I", "-B", reload.__file__, str(folder), scratch, str(packages), *formats]
         try:
@@ -146,4 +184,8 @@ def _reloaded(folder: Path, inputs: Tensor, formats: list[str]) -> tuple[dict[st
             reason = (error.stderr.strip().splitlines() or [f"exit status {error.returncode}"])[-1]
             raise ExportMismatch(str(folder), f"could not be reloaded: {reason}") from None
         report = json.loads(Path(scratch, "report.json").read_text(encoding="utf-8"))
-        return report, load_file(Path(scratch, "logits.safetensors"))
+        found: Found = {name: {} for name in formats}
+        for key, tensor in load_file(Path(scratch, "answers.safetensors")).items():
+            name, _, part = key.partition(".")
+            found[name][part] = tensor
+        return report, found

@@ -1,9 +1,10 @@
 """Reload the exports of a folder and run them: the program that parity.py starts in a fresh, isolated process.
 
 Arguments: the folder of the exports, a scratch folder, the folder of this project's packages, the formats.
-Reads inputs.safetensors in the scratch folder; writes logits.safetensors (by format) and report.json (by
-format: other values read from the export, or the error). It is run by its path and imports nothing of the
-project at the top, because an exported source file must work without it.
+Reads images.safetensors in the scratch folder, clean and adversarial; writes answers.safetensors (logits of both, and
+gradients where the format has them, by format) and report.json (by format: other values read from the export, or the
+error). It is run by its path and imports nothing of the project at the top, because an exported source file must work
+without it.
 """
 
 from __future__ import annotations
@@ -20,22 +21,24 @@ from xml.etree import ElementTree
 import torch
 from torch import Tensor
 
-Reloaded = tuple[Any, Tensor | None]
-"""Plain values that must be those of the specification, and the logits if the format has weights."""
+Network = Callable[[Tensor], Tensor]
+Reloaded = tuple[Any, Network | None]
+"""Plain values that must be those of the specification, and what gives logits if the format has weights."""
 
 
 def reload_py(folder: Path, inputs: Tensor) -> Reloaded:
-    """network.py with network.safetensors: its classes and logits. Nothing of the project may be imported yet."""
+    """network.py with network.safetensors: its classes and network. Nothing of the project may be imported yet."""
     spec = importlib.util.spec_from_file_location("network", folder / "network.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    logits = module.load(folder / "network.safetensors")(inputs)
+    network = module.load(folder / "network.safetensors")
+    network(inputs)
     imported = {"nas", "search_spaces", "runs"} & {name.partition(".")[0] for name in sys.modules}
     if imported:
         raise RuntimeError(f"it imports {', '.join(sorted(imported))}, but must stand alone")
-    return list(module.CLASSES), logits
+    return list(module.CLASSES), network
 
 
 def reload_json(folder: Path, inputs: Tensor) -> Reloaded:
@@ -47,35 +50,43 @@ def reload_json(folder: Path, inputs: Tensor) -> Reloaded:
 
 
 def reload_safetensors(folder: Path, inputs: Tensor) -> Reloaded:
-    """model.json with model.safetensors, read by the package: the specification and logits."""
+    """model.json with model.safetensors, read by the package: the specification and the network."""
+    del inputs
+    from nas import plugins
     from nas.model_file import load_model
 
+    plugins.use_named()
     spec, model = load_model(folder)
-    return spec.to_data(), model(inputs)
+    return spec.to_data(), model
 
 
 def reload_onnx(folder: Path, inputs: Tensor) -> Reloaded:
-    """network.onnx by ONNX Runtime: its classes and logits, one image at a time and all together."""
+    """network.onnx by ONNX Runtime: its classes and network, which takes any number of images."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(folder / "network.onnx", providers=["CPUExecutionProvider"])
     (name,) = [entry.name for entry in session.get_inputs()]
-    together = torch.from_numpy(session.run(None, {name: inputs.numpy()})[0])
-    alone = torch.cat([torch.from_numpy(session.run(None, {name: image[None].numpy()})[0]) for image in inputs[:2]])
-    if (alone - together[:2]).abs().max() > 1e-4 * max(1.0, float(together.abs().max())):
-        raise RuntimeError("an image has other logits alone than among others")
-    return json.loads(session.get_modelmeta().custom_metadata_map["classes"]), together
+
+    def network(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {name: images.detach().numpy()})[0])
+
+    _check_takes_any_number(network, inputs)
+    return json.loads(session.get_modelmeta().custom_metadata_map["classes"]), network
 
 
 def reload_pt2(folder: Path, inputs: Tensor) -> Reloaded:
-    """network.pt2 by torch alone: its classes and logits, one image at a time and all together."""
+    """network.pt2 by torch alone: its classes and network, which takes any number of images."""
     extra = {"classes.json": ""}
     network = torch.export.load(folder / "network.pt2", extra_files=extra).module()
+    _check_takes_any_number(network, inputs)
+    return json.loads(extra["classes.json"]), network
+
+
+def _check_takes_any_number(network: Network, inputs: Tensor) -> None:
     together = network(inputs)
     alone = torch.cat([network(image[None]) for image in inputs[:2]])
     if (alone - together[:2]).abs().max() > 1e-4 * max(1.0, float(together.abs().max())):
         raise RuntimeError("an image has other logits alone than among others")
-    return json.loads(extra["classes.json"]), together
 
 
 def reload_graphml(folder: Path, inputs: Tensor) -> Reloaded:
@@ -126,26 +137,48 @@ WITH_PACKAGE: dict[str, Callable[[Path, Tensor], Reloaded]] = {
 }
 
 
+DIFFERENTIABLE = ("py", "pt2", "safetensors")
+"""Formats through which gradients flow: attacks are carried out on them."""
+
+
+def answers(network: Network, images: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The logits of ``network`` for clean and adversarial images, and, where it has gradients, those of its loss.
+
+    The loss is cross-entropy against what the network says of the clean images, the gradients by the adversarial ones.
+    """
+    with torch.no_grad():
+        clean = network(images["clean"])
+    x = images["adversarial"].clone().requires_grad_()
+    adversarial = network(x)
+    found = {"clean": clean, "adversarial": adversarial.detach()}
+    if adversarial.requires_grad:
+        loss = torch.nn.functional.cross_entropy(adversarial, clean.argmax(1), reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, x, allow_unused=True)
+        if gradient is not None:
+            found["gradient"] = gradient
+    return {name: tensor.contiguous() for name, tensor in found.items()}
+
+
 def main(folder: str, scratch: str, packages: str, *formats: str) -> None:
     """Reload ``formats`` from ``folder``."""
     from safetensors.torch import load_file, save_file
 
-    inputs = load_file(Path(scratch, "inputs.safetensors"))["inputs"]
+    images = load_file(Path(scratch, "images.safetensors"))
     report: dict[str, Any] = {}
-    logits: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for functions in (ALONE, WITH_PACKAGE):
         for name in functions.keys() & set(formats):
             try:
                 with torch.no_grad():
-                    plain, output = functions[name](Path(folder), inputs)
+                    plain, network = functions[name](Path(folder), images["clean"])
+                given = {} if network is None else answers(network, images)
             except Exception as error:  # whatever an export does wrong belongs in the report, under its name
                 report[name] = {"error": f"{type(error).__name__}: {error}"}
                 continue
             report[name] = {"plain": plain}
-            if output is not None:
-                logits[name] = output.contiguous()
+            found |= {f"{name}.{part}": tensor for part, tensor in given.items()}
         sys.path.insert(0, packages)
-    save_file(logits, Path(scratch, "logits.safetensors"))
+    save_file(found, Path(scratch, "answers.safetensors"))
     Path(scratch, "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nas.compression.magnitude import MagnitudePruning
@@ -21,6 +22,15 @@ from search_spaces.layout import Layout
 
 HOSTILE = 'x"""\nimport nas\n\\'
 CLASSES = ("cat", "it's", 'a "b"', "both ' and \"", "new\nline \\", "größe", "\ud800", "tench, " * 20, "{name}", "%s")
+
+
+def nudged(model: nn.Module, x: Tensor) -> Tensor:
+    """One step against what the network says of images [N, C, H, W] in [0, 1], from a random start."""
+    x = (x + 0.02 * torch.rand(x.shape, generator=torch.Generator().manual_seed(7))).requires_grad_()
+    logits = model(x)
+    F.cross_entropy(logits, logits.argmax(1)).backward()
+    assert x.grad is not None
+    return (x + 0.05 * x.grad.sign()).detach().clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -148,3 +158,8 @@ def imported() -> Callable[[Path], ModuleType]:
         return module
 
     return run
+
+
+@pytest.fixture
+def attack() -> Callable[[nn.Module, Tensor], Tensor]:
+    return nudged

@@ -14,6 +14,7 @@ from nas.errors import InputError
 from nas.export.onnx_file import onnx_bytes
 from nas.export.package import FORMATS, ExportedFile, export_model
 from nas.export.parity import ExportMismatch, check_exports
+from nas.export.reload import answers
 from search_spaces.genotype import read_genotype
 
 
@@ -32,47 +33,71 @@ def test_unknown_format_is_refused_before_anything_is_written(arnas, tmp_path):
     assert not (tmp_path / "export").exists()
 
 
-def test_fresh_process_gives_the_same_logits(pruned, tmp_path):
+def test_fresh_process_gives_the_same_logits(pruned, tmp_path, attack):
     files = export_model(pruned.spec, pruned.model, tmp_path, list(FORMATS))
     model = pruned.model.train()
-    checked = check_exports(tmp_path, pruned.spec, model, pruned.inputs)
+    checked = check_exports(tmp_path, pruned.spec, model, pruned.inputs, attack)
     assert model.training
     assert [(file.file, file.format) for file in checked] == [(file.file, file.format) for file in files]
     for file in checked:
-        whole = file.format not in ("json", "graphml", "dot", "svg")
-        assert file.difference is None if not whole else file.difference <= 1e-5
+        if file.format in ("json", "graphml", "dot", "svg"):
+            assert file.difference is file.adversarial is file.gradient is None
+        else:
+            assert file.difference <= 1e-5 and file.adversarial <= 1e-5
+            assert file.gradient is None if file.format == "onnx" else file.gradient <= 1e-3
 
 
-def test_altered_weight_is_found(arnas, tmp_path):
+def test_altered_weight_is_found(arnas, tmp_path, attack):
     export_model(arnas.spec, arnas.model, tmp_path, ["json", "py"])
     weights = load_file(tmp_path / "network.safetensors")
     weights["cells.4.dil_conv_3x3_4_to_5.pointwise.weight"][0, 0] += 0.01
     save_file(weights, tmp_path / "network.safetensors")
     with pytest.raises(ExportMismatch, match=r"network\.py gives logits that differ") as caught:
-        check_exports(tmp_path, arnas.spec, arnas.model, arnas.inputs)
+        check_exports(tmp_path, arnas.spec, arnas.model, arnas.inputs, attack)
     assert caught.value.file == "network.py"
     assert caught.value.difference > 1e-5
 
 
-def test_source_that_needs_the_package_is_found(arnas, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        # Pixels of images are multiples of 1/255: those of an attack are not, and lose what is between.
+        ("x = (255 * x).round() / 255", "on adversarial images"),
+        ("x = x.detach() + 0 * x", "gradients that differ"),
+        ("x = x.detach()", "has no gradients"),
+    ],
+)
+def test_a_file_that_differs_under_attack_only_is_found(arnas, tmp_path, attack, change, message):
+    export_model(arnas.spec, arnas.model, tmp_path, ["py"])
+    source = (tmp_path / "network.py").read_text()
+    start = source.index("def forward", source.index("class Network("))
+    line = source.index("\n", start) + 1
+    (tmp_path / "network.py").write_text(f"{source[:line]}        {change}\n{source[line:]}")
+    inputs = (255 * arnas.inputs).round() / 255
+    with pytest.raises(ExportMismatch, match=message):
+        check_exports(tmp_path, arnas.spec, arnas.model, inputs, attack)
+
+
+def test_source_that_needs_the_package_is_found(arnas, tmp_path, monkeypatch, attack):
     monkeypatch.setenv("PYTHONPATH", str(Path(nas.__file__).parents[1]))
     export_model(arnas.spec, arnas.model, tmp_path, ["py"])
     source = tmp_path / "network.py"
     source.write_text(source.read_text() + "\nimport nas.errors\n")
     with pytest.raises(ExportMismatch, match=r"network\.py cannot be used"):
-        check_exports(tmp_path, arnas.spec, arnas.model, arnas.inputs)
+        check_exports(tmp_path, arnas.spec, arnas.model, arnas.inputs, attack)
 
 
-def test_other_specification_and_logits_that_are_no_numbers_are_found(arnas, tmp_path, monkeypatch):
+def test_other_specification_and_logits_that_are_no_numbers_are_found(arnas, tmp_path, monkeypatch, attack):
     from nas.export import parity
 
     def reports(plain, logits):
-        monkeypatch.setattr(parity, "_reloaded", lambda *_: ({"py": {"plain": plain}}, {"py": logits}))
+        found = {**right, "clean": logits}
+        monkeypatch.setattr(parity, "_reloaded", lambda *_: ({"py": {"plain": plain}}, {"py": found}))
 
     (tmp_path / "network.py").touch()
-    with torch.no_grad():
-        logits = arnas.model(arnas.inputs)
-    arguments = (tmp_path, arnas.spec, arnas.model, arnas.inputs)
+    right = answers(arnas.model, {"clean": arnas.inputs, "adversarial": attack(arnas.model, arnas.inputs)})
+    logits = right["clean"]
+    arguments = (tmp_path, arnas.spec, arnas.model, arnas.inputs, attack)
     reports(list(arnas.spec.classes), logits + 0.9e-5)
     assert check_exports(*arguments)[0].difference == pytest.approx(0.9e-5, rel=0.1)
     for plain, wrong, message in [
@@ -86,9 +111,9 @@ def test_other_specification_and_logits_that_are_no_numbers_are_found(arnas, tmp
             check_exports(*arguments)
 
 
-def test_folder_without_exports_is_refused(arnas, tmp_path):
+def test_folder_without_exports_is_refused(arnas, tmp_path, attack):
     with pytest.raises(InputError, match="no exported files"):
-        check_exports(tmp_path, arnas.spec, arnas.model, arnas.inputs)
+        check_exports(tmp_path, arnas.spec, arnas.model, arnas.inputs, attack)
 
 
 def test_onnx_takes_any_number_of_images_and_names_its_classes(arnas):

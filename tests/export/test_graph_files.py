@@ -32,14 +32,14 @@ def test_every_edge_of_every_cell_stands_in_the_graph(case):
     ElementTree.fromstring(svg(genotype))
 
 
-def test_files_are_read_back_without_this_project(cases, tmp_path):
+def test_files_are_read_back_without_this_project(cases, tmp_path, attack):
     for name in ("awkward", "plain"):
         case = cases[name]()
         folder = tmp_path / name
         from nas.export.package import export_model
 
         export_model(case.spec, case.model, folder, ["graphml", "dot", "svg"])
-        assert [file.file for file in check_exports(folder, case.spec, case.model, case.inputs)] == [
+        assert [file.file for file in check_exports(folder, case.spec, case.model, case.inputs, attack)] == [
             "architecture.graphml",
             "architecture.dot",
             "architecture.svg",
@@ -54,7 +54,7 @@ def test_files_are_read_back_without_this_project(cases, tmp_path):
         ("architecture.svg", "sep_conv_5x5", "sep_conv_3x3"),
     ],
 )
-def test_an_altered_file_is_found(arnas, tmp_path, file, old, new):
+def test_an_altered_file_is_found(arnas, tmp_path, file, old, new, attack):
     from nas.export.package import export_model
 
     export_model(arnas.spec, arnas.model, tmp_path, [file.partition(".")[2]])
@@ -62,7 +62,7 @@ def test_an_altered_file_is_found(arnas, tmp_path, file, old, new):
     assert old in text
     (tmp_path / file).write_text(text.replace(old, new, 1))
     with pytest.raises(ExportMismatch, match="another network"):
-        check_exports(tmp_path, arnas.spec, arnas.model, arnas.inputs)
+        check_exports(tmp_path, arnas.spec, arnas.model, arnas.inputs, attack)
 
 
 def test_names_cannot_break_out_of_a_dot_file(cases):
@@ -80,9 +80,9 @@ def test_graphml_of_stages():
     assert again.nodes["stage 2/1"]["width"] == 8 and again.graph["space"] == "plain"
 
 
-def test_an_architecture_is_exported_without_weights(arnas, tmp_path, imported):
+def test_an_architecture_is_exported_without_weights(arnas, tmp_path, imported, attack):
     formats = [name for name, entry in FORMATS.items() if entry.meaningful]
-    files = export_architecture(arnas.spec, tmp_path, formats)
+    files = export_architecture(arnas.spec, tmp_path, formats, attack)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {file.file for file in files} == {
         "genotype.json", "network.py", "architecture.graphml", "architecture.dot", "architecture.svg"
@@ -91,5 +91,5 @@ def test_an_architecture_is_exported_without_weights(arnas, tmp_path, imported):
     built = imported(tmp_path / "network.py").build()
     assert built(arnas.inputs).shape == (len(arnas.inputs), len(arnas.spec.classes))
     with pytest.raises(InputError, match="'onnx' holds the weights of a training"):
-        export_architecture(arnas.spec, tmp_path / "new", ["json", "onnx"])
+        export_architecture(arnas.spec, tmp_path / "new", ["json", "onnx"], attack)
     assert not (tmp_path / "new").exists()

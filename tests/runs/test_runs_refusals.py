@@ -434,7 +434,6 @@ def test_command_that_is_none(arguments: list[str], word: str) -> None:
     assert word.lower() in nas(*arguments).refusal.lower()
 
 
-
 # --- real processes
 
 

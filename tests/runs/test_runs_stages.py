@@ -21,7 +21,7 @@ def test_a_residual_network_is_trained_by_a_recipe_for_cells(
 ) -> None:
     """[train] states parameters and cells, which have no meaning here; what no file can hold is said, not an error."""
     # Reloading files in a fresh process and drawing the page take seconds, and are not what is asked.
-    monkeypatch.setattr("runs.tasks.check_exports", lambda folder, spec, model, inputs: [])
+    monkeypatch.setattr("runs.exporting.check_exports", lambda *arguments: [])
     monkeypatch.setattr("nas.report.page.curves.curves", lambda *arguments, **more: "")
     monkeypatch.setattr("nas.report.page.curves.intervals", lambda *arguments: "")
     genotype = wide((1, 1), (1, 1), (8, 12), stem=4, se="residual", activation="silu")
