@@ -196,7 +196,9 @@ def export(
     ],
     to: Annotated[
         str | None,
-        typer.Option(help="Formats, separated by commas: json, safetensors, py, onnx, pt2, graphml, dot, svg."),
+        typer.Option(
+            help="Formats, separated by commas: json, safetensors, py, onnx, pt2, robustbench, timm, graphml, dot, svg."
+        ),
     ] = None,
     model: Annotated[str, typer.Option(help="Network of the run.")] = "searched",
     out: Out = None,
@@ -211,12 +213,11 @@ def export(
     from nas.analysis.complexity import parameters_of
     from nas.export.package import check_formats
     from nas.export.parity import export_architecture
-    from nas.model_file import ModelSpec, load_model
+    from nas.model_file import ModelSpec
     from nas.threat_model import ThreatModel
     from runs.directory import make_folder
-    from runs.exporting import attack_by, export_into
-    from runs.finished import network_folder, opened
-    from runs.tasks import model_folder
+    from runs.exporting import attack_by, export_network
+    from runs.finished import opened
     from search_spaces.catalogue import load_genotype
 
     trained, path = Path(what).is_dir(), Path(what)
@@ -237,10 +238,8 @@ def export(
                 f"{stated[0]} is for an architecture without weights: the networks of a run have their size"
             )
         with opened(path) as context:
-            spec, network = load_model(network_folder(model_folder(context.run, model), path, model))
             folder = out or context.run.path / f"export-{model}"
-            make_folder(folder)
-            files = export_into(context, spec, network, folder, formats)
+            files, card = export_network(context, model, folder, formats)
     else:
         mean = (0.5,) * (image_channels or 3)
         labels = tuple(str(i) for i in range(classes or 10))
@@ -262,7 +261,9 @@ def export(
         out_console.print(f"{folder / file.file}{_compared(file)}", highlight=False, markup=False)
     if not trained:
         next_commands(["nas", "train", "cifar10", "--genotype", what])
-    elif "py" in formats:
+        return
+    out_console.print(f"{card}  (what it is, how it was made, how robust it was found)", highlight=False, markup=False)
+    if (folder / "network.py").exists():
         next_commands(["python", folder / "network.py", folder / "network.safetensors"])
     else:
         next_commands(["ls", folder])

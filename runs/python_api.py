@@ -14,6 +14,8 @@ from torch import nn
 from nas.analysis.drawing import draw_cell
 from nas.errors import InputError
 from runs.directory import RunDirectory, open_run, read_json
+from runs.exporting import export_network
+from runs.finished import opened
 from runs.launch import begin
 from runs.pipeline import carry_out
 from runs.progress import observer
@@ -54,6 +56,16 @@ class Run:
             raise InputError(f"{self.path} has no trained network '{name}'")
         _, network = load_model(self._folder(name))
         return network.eval()
+
+    def export(self, *formats: str, network: str = "searched", out: Path | str | None = None) -> Path:
+        """Write a trained network in ``formats``, each reloaded and compared, with its model card: ``nas export``.
+
+        Returns the folder, by default RUN/export-<network>.
+        """
+        with opened(self.path) as context:
+            folder = Path(out) if out is not None else self.path / f"export-{network}"
+            export_network(context, network, folder, formats or ("json", "safetensors", "py"))
+        return folder
 
     def resume(self) -> Run:
         """Carry out what is left of it, to the result it would have had without the interruption."""

@@ -27,6 +27,7 @@ from nas.compression.size import stored_size
 from nas.data.image_data import ImageData
 from nas.data.split import Split, split
 from nas.errors import InputError
+from nas.export.package import ExportedFile
 from nas.export.source import why_no_source
 from nas.model_file import ModelSpec, load_model, save_model, weights_digest, with_plan
 from nas.objective import Objective, Setting, prediction_of
@@ -44,7 +45,7 @@ from nas.training.standard import Standard
 from nas.training.weight_perturbation import WeightPerturbation
 from runs.compress_part import PARENT, CompressPart, Step
 from runs.directory import RunDirectory, flatten, read_json, write_json
-from runs.exporting import export_into
+from runs.exporting import card_of, export_into
 from runs.judging import Bench, judge
 from runs.metrics import MetricsLog
 from runs.recipe import Recipe, SearchPart
@@ -497,6 +498,11 @@ def _report(context: Context) -> dict[str, Any]:
     results = collect(context)
     write_json(results, context.run.path / "results.json")
     write_page(context.run, results)
+    for name, folder in (("searched", run.path / "export"), ("compressed", run.path / "export/compressed")):
+        files = [entry for entry in results["export"] if (run.path / entry["file"]).parent == folder]
+        if files:
+            spec, _ = load_model(model_folder(run, name))
+            card_of(context, name, model_folder(run, name), spec, [ExportedFile(**entry) for entry in files], folder)
     return {"verdict": results["verdict"]}
 
 

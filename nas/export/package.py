@@ -12,6 +12,7 @@ from torch import nn
 
 from nas.errors import InputError, nearest
 from nas.export.graph_files import write_dot, write_graphml, write_svg
+from nas.export.loaders import write_robustbench, write_timm
 from nas.export.onnx_file import check_onnx_can_be_written, write_onnx
 from nas.export.program_file import write_program
 from nas.export.source import deployed_state, network_source
@@ -54,6 +55,8 @@ def export_model(spec: ModelSpec, model: nn.Module, folder: Path, formats: Seque
     Raises ``InputError`` for an unknown format, or one that cannot hold the network, before anything is written.
     """
     check_formats(formats)
+    if {"robustbench", "timm"} & set(formats) and "py" not in formats:
+        formats = ["py", *formats]  # which these load
     if "py" in formats:
         network_source(spec)  # refuses networks that it has no words for
     if "onnx" in formats:
@@ -98,6 +101,8 @@ FORMATS: dict[str, Format] = {
     "py": Format(("network.py", "network.safetensors"), _write_source, weights=("network.safetensors",)),
     "onnx": Format(("network.onnx",), write_onnx, weights=("network.onnx",), meaningful=False),
     "pt2": Format(("network.pt2",), write_program, weights=("network.pt2",), meaningful=False),
+    "robustbench": Format(("robustbench_model.py",), write_robustbench, meaningful=False),
+    "timm": Format(("timm_model.py",), write_timm, meaningful=False),
     "graphml": Format(("architecture.graphml",), write_graphml),
     "dot": Format(("architecture.dot",), write_dot),
     "svg": Format(("architecture.svg",), write_svg),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nas.errors import Failure, InputError
 from nas.export import reload
 from nas.export.graph_files import edges_of, svg
+from nas.export.loaders import entry_name
 from nas.export.package import FORMATS, ExportedFile, check_formats, export_model
 from nas.export.reload import titles_of
 from nas.model_file import ModelSpec
@@ -131,6 +132,8 @@ def _plain(spec: ModelSpec) -> dict[str, Any]:
         "py": spec.classes,
         "onnx": spec.classes,
         "pt2": spec.classes,
+        "robustbench": None,
+        "timm": entry_name(spec),
         **dict.fromkeys(("graphml", "dot"), edges_of(spec.genotype)),
         "svg": titles_of(svg(spec.genotype)),
         "json": spec.genotype.to_data(),

@@ -28,17 +28,42 @@ Reloaded = tuple[Any, Network | None]
 
 def reload_py(folder: Path, inputs: Tensor) -> Reloaded:
     """network.py with network.safetensors: its classes and network. Nothing of the project may be imported yet."""
-    spec = importlib.util.spec_from_file_location("network", folder / "network.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = _module(folder / "network.py")
     network = module.load(folder / "network.safetensors")
     network(inputs)
     imported = {"nas", "search_spaces", "runs"} & {name.partition(".")[0] for name in sys.modules}
     if imported:
         raise RuntimeError(f"it imports {', '.join(sorted(imported))}, but must stand alone")
     return list(module.CLASSES), network
+
+
+def reload_robustbench(folder: Path, inputs: Tensor) -> Reloaded:
+    """robustbench_model.py: its network."""
+    del inputs
+    return None, _module(folder / "robustbench_model.py").load_model()
+
+
+def reload_timm(folder: Path, inputs: Tensor) -> Reloaded:
+    """timm_model.py: the name under which it registers, and its network, through timm where that is installed."""
+    del inputs
+    module = _module(folder / "timm_model.py")
+    name = module.CONFIG["architecture"]
+    if importlib.util.find_spec("timm") is None:
+        return name, getattr(module, name)(pretrained=True)
+    import timm
+
+    return name, timm.create_model(name, pretrained=True).eval()
+
+
+def _module(path: Path) -> Any:
+    """A Python file, executed."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # as an import does; timm looks there
+    spec.loader.exec_module(module)
+    return module
 
 
 def reload_json(folder: Path, inputs: Tensor) -> Reloaded:
@@ -125,6 +150,8 @@ ALONE: dict[str, Callable[[Path, Tensor], Reloaded]] = {
     "py": reload_py,
     "onnx": reload_onnx,
     "pt2": reload_pt2,
+    "robustbench": reload_robustbench,
+    "timm": reload_timm,
     "graphml": reload_graphml,
     "dot": reload_dot,
     "svg": reload_svg,
@@ -137,7 +164,7 @@ WITH_PACKAGE: dict[str, Callable[[Path, Tensor], Reloaded]] = {
 }
 
 
-DIFFERENTIABLE = ("py", "pt2", "safetensors")
+DIFFERENTIABLE = ("py", "pt2", "robustbench", "timm", "safetensors")
 """Formats through which gradients flow: attacks are carried out on them."""
 
 
