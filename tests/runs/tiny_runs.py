@@ -170,7 +170,8 @@ def small_recipe(folder: Path) -> Path:
 
 def record(run: Path) -> dict[str, bytes]:
     """Every file of a run, by name, but those that hold times or tell of the machine."""
-    volatile = ("timing.json", "throughput.json", "report.html", "MODEL_CARD.md", "environment.json", "lock", "lock.workers")
+    volatile = ("timing.json", "throughput.json", "report.html", "MODEL_CARD.md", "environment.json")
+    volatile += ("lock", "lock.workers")
     files = {str(path.relative_to(run)): path for path in run.rglob("*") if path.is_file()}
     return {
         name: path.read_bytes()
