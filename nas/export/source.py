@@ -83,7 +83,7 @@ def _deployed(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _blueprint(spec: ModelSpec) -> nn.Module:
-    """The network of ``spec``, in eval mode, without storage for its weights."""
+    """The network of ``spec``, in eval mode, without storage for its weights: they are all the same number."""
     if isinstance(spec.prediction, MeanOverNoise):
         raise InputError(
             f"a network that predicts by the {spec.prediction} has no form as a source file, which would not draw the "
@@ -93,7 +93,13 @@ def _blueprint(spec: ModelSpec) -> nn.Module:
         model = replace(spec, plans=()).build()
     for plan in spec.plans:
         model = plan.apply(model, fit=False)
-    return model.to("meta").eval()
+
+    def hollow(tensor: Tensor) -> Tensor:
+        one = torch.ones if tensor.is_floating_point() else torch.zeros
+        return one((), dtype=tensor.dtype).expand(tensor.shape)
+
+    # Not left without any, on the device "meta": most operations take ten times as long there.
+    return model._apply(hollow).eval()  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -163,7 +169,7 @@ def _shapes_of(network: nn.Module, input_shape: tuple[int, int, int]) -> Shapes:
 
     handles = [module.register_forward_hook(look(name)) for name, module in network.named_modules() if name]
     with torch.no_grad():
-        network(torch.zeros(1, *input_shape, device="meta"))
+        network(torch.zeros(1, *input_shape))
     for handle in handles:
         handle.remove()
     return shapes
