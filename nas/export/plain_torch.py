@@ -142,9 +142,7 @@ class ResidualBlock(nn.Module):
 class GatedResidualBlock(nn.Module):
     """A residual block that adds what its path gives once as it is, and once normalised and gated."""
 
-    def __init__(
-        self, first: nn.Module, path: nn.Module, gate: nn.Module, shortcut: nn.Module | None = None
-    ) -> None:
+    def __init__(self, first: nn.Module, path: nn.Module, gate: nn.Module, shortcut: nn.Module | None = None) -> None:
         super().__init__()
         self.first, self.path, self.gate, self.shortcut = first, path, gate, shortcut
 
@@ -304,9 +302,9 @@ class KroneckerLinear(nn.Module):
         x = x.unflatten(-1, self.modes)
         products = []
         for factors in self.terms:
-            y = x
+            y, layers = x, [*factors.children()]
             for k in self.order:
-                y = factors[k](y.movedim(k - axes, -1)).movedim(-1, k - axes)
+                y = layers[k](y.movedim(k - axes, -1)).movedim(-1, k - axes)
             products.append(y)
         y = products[0]
         for product in products[1:]:
@@ -375,9 +373,7 @@ class Int8Conv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weights()
         x = self.input(x)
-        return self.output(
-            nn.functional.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-        )
+        return self.output(nn.functional.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups))
 
 
 class Int8Linear(nn.Module):
@@ -498,7 +494,7 @@ class PointwiseSparta(Sparta):
     def __init__(self, channels: int, terms: int, rectified: bool = False) -> None:
         super().__init__(channels, rectified)
         self.weight = nn.Parameter(torch.zeros(channels, terms))
-        self.register_buffer("centres", torch.linspace(-3, 3, terms), persistent=False)
+        self.centres = torch.linspace(-3, 3, terms).tolist()
 
     def around(self, x: Tensor) -> Tensor:
         y = torch.zeros_like(x)
@@ -510,7 +506,7 @@ class PointwiseSparta(Sparta):
 class Lossy(nn.Module):
     """A map that loses information; ``level`` 0 is a clipped rectifier, 1 the map itself, ``bound`` its upper end.
 
-    Backwards, where ``value`` is a staircase, the gradient is 1 inside [0, u] and 0 outside; for BPDA exchange ``slope``.
+    Backwards, where ``value`` is a staircase, the gradient is that of ``slope``: 1 inside [0, u], 0 outside.
     """
 
     level: Tensor

@@ -45,7 +45,11 @@ def network_source(spec: ModelSpec, name: str = "Network") -> str:
         inspect.getsource(plain_torch.read_weights).strip(),
         MAIN.format(name=name).strip(),
     ]
-    opening = [_docstring(spec, described.bodies, parameter_count(blueprint)), _imports([*plain, *own]), _constants(spec)]
+    opening = [
+        _docstring(spec, described.bodies, parameter_count(blueprint)),
+        _imports([*plain, *own]),
+        _constants(spec),
+    ]
     return "\n\n\n".join(["\n\n".join(opening), *plain, *own, *rest]) + "\n"
 
 
@@ -116,13 +120,9 @@ def _described(
 ) -> Described:
     """What the file of ``model`` says, whose class is to be ``name``; shapes: by the prefix of each network in it."""
     known = shapes or {}
-    bodies = [
-        _body(spec, network, name, known.get(prefix, {})) for prefix, network in networks_in(model).items()
-    ]
+    bodies = [_body(spec, network, name, known.get(prefix, {})) for prefix, network in networks_in(model).items()]
     forms = forms_of(part for body in bodies for part in body.parts.values())
-    bodies = [
-        replace(body, parts={key: resolved(part, forms) for key, part in body.parts.items()}) for body in bodies
-    ]
+    bodies = [replace(body, parts={key: resolved(part, forms) for key, part in body.parts.items()}) for body in bodies]
     kinds = {kind.name: kind for body in bodies for kind in body.kinds}
     placed = [part for body in bodies for root in body.parts.values() for part in root.all()]
     found = {key: cell_form([part for part in placed if part.call == key]) for key in kinds}
@@ -148,7 +148,8 @@ def _body(spec: ModelSpec, network: nn.Module, name: str, shapes: Shapes) -> Bod
         if body is not None:
             return body
     raise InputError(
-        f"networks of space '{space.name[:60]}' have no form as a source file; export it by --to safetensors or onnx instead"
+        f"networks of space '{space.name[:60]}' have no form as a source file; "
+        "export it by --to safetensors or onnx instead"
     )
 
 
@@ -252,7 +253,9 @@ def _docstring(spec: ModelSpec, bodies: Sequence[Body], parameters: int) -> str:
 def _imports(code: Sequence[str]) -> str:
     lines = ["from __future__ import annotations", "", "import json"]
     lines += ["import math"] if "math" in _names("\n".join(code)) else []
-    return "\n".join([*lines, "import sys", "from pathlib import Path", "", "import torch", "from torch import Tensor, nn"])
+    return "\n".join(
+        [*lines, "import sys", "from pathlib import Path", "", "import torch", "from torch import Tensor, nn"]
+    )
 
 
 def _constants(spec: ModelSpec) -> str:
@@ -283,7 +286,7 @@ def _network_classes(spec: ModelSpec, bodies: Sequence[Body], name: str) -> list
         members = listed("self.members = nn.ModuleList([", calls, "])", indent=0)
     lines = [
         f"class {name}(nn.Module):",
-        '    """Pixels [N, C, H, W] in [0, 1] to the logarithms of the mean probabilities of its members [N, classes]."""',
+        '    """Pixels [N, C, H, W] in [0, 1] to log mean probabilities of its members [N, classes]."""',
         "",
         "    def __init__(self) -> None:",
         "        super().__init__()",
@@ -317,4 +320,3 @@ def _network_class(name: str, body: Body) -> str:
             *(indent + line for line in body.forward),
         ]
     )
-

@@ -255,7 +255,9 @@ def _layer_norm(writer: Writer, module: nn.LayerNorm) -> Written:
 
 
 def _attention(writer: Writer, module: nn.MultiheadAttention) -> Written:
-    if type(module.out_proj) is not NonDynamicallyQuantizableLinear and not parametrize.is_parametrized(module.out_proj):
+    if type(module.out_proj) is not NonDynamicallyQuantizableLinear and not parametrize.is_parametrized(
+        module.out_proj
+    ):
         raise writer.refusal(module.out_proj, "within an attention")
     arguments = [str(module.embed_dim), str(module.num_heads), *_named(batch_first=(module.batch_first, False))]
     out = Written("nn.Linear", tensors=_tensors(module.out_proj, "weight", "bias"))
@@ -381,7 +383,8 @@ def _residual_path(writer: Writer, module: nn.Module) -> Written:
 def _hierarchical(writer: Writer, module: residual.Hierarchical) -> Written:
     convolutions: list[Written | None] = []
     conv: Any = None
-    for conv, bn, activation in module.convolutions:  # type: ignore[misc]
+    for convolution in module.convolutions:
+        conv, bn, activation = convolution.children()
         options = {"stride": _of(conv, "stride") or 1, "groups": _of(conv, "groups") or 1}
         parts = writer.parts(conv=conv, bn=bn, activation=activation)
         convolutions.append(block("GroupedConv", parts, _of(conv, "out_channels"), **options))
@@ -424,7 +427,9 @@ def _separable_linear(writer: Writer, module: SeparableLinear) -> Written:
         f"modes={module.separation.in_modes}", f"order={module.separation.order}",
         f"out_features={module.out_features}", f"bias={module.bias is not None}",
     ]  # fmt: skip
-    return Written("KroneckerLinear", arguments, {"terms": Written("nn.ModuleList", parts=terms)}, _tensors(module, "bias"))
+    return Written(
+        "KroneckerLinear", arguments, {"terms": Written("nn.ModuleList", parts=terms)}, _tensors(module, "bias")
+    )
 
 
 def _separable_pointwise(writer: Writer, module: SeparablePointwise) -> Written:
@@ -446,7 +451,10 @@ def _integers(writer: Writer, module: QuantisedConv2d | QuantisedLinear) -> dict
     if not weight.is_meta and not torch.equal(steps * step, weight.float()):
         raise writer.refusal(module, "whose weights are no multiples of their steps")
     tensors = {"weight": steps, "scale": scale, **({} if bias is None else {"bias": bias})}
-    parts: dict[str, Written | None] = {"input": writer(module.input), "weights": Written("Int8Weight", tensors=tensors)}
+    parts: dict[str, Written | None] = {
+        "input": writer(module.input),
+        "weights": Written("Int8Weight", tensors=tensors),
+    }
     return parts if module.output is None else {**parts, "output": writer(module.output)}
 
 

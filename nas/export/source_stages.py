@@ -49,7 +49,9 @@ def _residual(genotype: StageGenotype, network: Any, shapes: Shapes) -> Body:
 def _vgg(genotype: StageGenotype, network: Any, shapes: Shapes) -> Body:
     writer, layers, parts = Writer(network), [*network.features], {}
     for stage, (start, stop) in enumerate(_spans(genotype.depths)):
-        blocks = [conv_block(writer, *layers[3 * index + stage : 3 * index + stage + 3]) for index in range(start, stop)]
+        blocks = [
+            conv_block(writer, *layers[3 * index + stage : 3 * index + stage + 3]) for index in range(start, stop)
+        ]
         pool = 3 * stop + stage
         parts[f"stage{stage}"] = _stage([*blocks, writer(layers[pool])], noted(shapes, f"features.{pool}"))
     parts["resize"] = replace(writer(network.avgpool), comment=noted(shapes, "avgpool"))
@@ -65,7 +67,9 @@ def _mlp(genotype: StageGenotype, network: Any, shapes: Shapes) -> Body:
         stages[f"stage{stage}"] = _stage(map(writer, layers[2 * start : 2 * stop]), comment)
     body = _body(f"{sum(genotype.depths)} hidden layers", writer, stages, network.classifier, [])
     first, *others = body.forward
-    return replace(body, forward=[f"{first.replace('x = ', 'x = (', 1)}).flatten(1)", *others, "return self.classifier(x)"])
+    return replace(
+        body, forward=[f"{first.replace('x = ', 'x = (', 1)}).flatten(1)", *others, "return self.classifier(x)"]
+    )
 
 
 def _vit(genotype: StageGenotype, network: Any, shapes: Shapes) -> Body:

@@ -103,9 +103,7 @@ def made(randomised):
 
 def _made(randomised, genotype, *methods, cells=4, activation=None, prediction=None):
     generator = torch.Generator().manual_seed(1)
-    spec = ModelSpec(
-        genotype, 2, cells, SHAPE, NAMES, (0.4,), (0.3,), activation=activation, prediction=prediction
-    )
+    spec = ModelSpec(genotype, 2, cells, SHAPE, NAMES, (0.4,), (0.3,), activation=activation, prediction=prediction)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = spec.build()
@@ -182,7 +180,7 @@ def test_every_space_is_written(space, tmp_path, made):
 def test_compressed_networks_are_written_as_what_they_compute(name, tmp_path, made):
     space, *methods = PLANS[name]
     spec, model = made(GENOTYPES[space], *methods)
-    source, names, other = written(spec, model, tmp_path)
+    _, names, other = written(spec, model, tmp_path)
     agree(model, other, tolerance=1e-6 if "int8" in name else 1e-5)
     assert sum(weights.numel() for weights in names["build"]().parameters()) == parameter_count(model)
     if "int8" in name:
