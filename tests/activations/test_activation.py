@@ -22,7 +22,6 @@ from nas.analysis.complexity import complexity
 from nas.compression.magnitude import MagnitudePruning
 from nas.errors import InputError
 from nas.export.onnx_file import onnx_bytes
-from nas.export.source import network_source
 from nas.folding import joinable
 from nas.model_file import ModelSpec, load_model, save_model, with_plan
 from nas.model_state import crafting
@@ -257,12 +256,6 @@ def test_a_wrong_description_is_an_input_error(data, message, spec_of):
 def test_a_network_without_activations_is_refused():
     with pytest.raises(InputError, match="no activation"):
         with_activation(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), Silu(), (1, 8, 8))
-
-
-def test_a_source_file_is_refused(spec_of):
-    network_source(spec_of("plain"))
-    with pytest.raises(InputError, match=r"Sparta.*safetensors or onnx"):
-        network_source(spec_of("plain", Sparta()))
 
 
 @pytest.mark.parametrize("activation", [Silu(), Sparta(), Sparta(kind="shared", gate="relu"), Softplus()], ids=_id)

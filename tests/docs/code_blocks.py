@@ -54,7 +54,7 @@ def commands(block: Block) -> Iterator[list[str]]:
     for line in block.text.splitlines():
         # Of a loop, the command in it; of several in a line, each.
         for part in re.split(r"&&|;(?:\s*do\b)?|\bdone\b", line):
-            words = shlex.split(part, comments=True)
+            words = shlex.split(part.replace("$seed", "1"), comments=True)
             if words and words[0] == "nas":
                 yield words[1:]
 

@@ -12,7 +12,6 @@ import pytest
 from code_blocks import PAGES, ROOT, Block, blocks, commands, parsed
 
 from nas import plugins
-from runs.compress_part import compress_from  # noqa: F401 - loads what recipes need before folders of plug-ins change
 from runs.recipe import build, read_table, shipped
 from search_spaces import catalogue
 
@@ -65,12 +64,12 @@ def test_recipes_can_be_built(block: Block, tmp_path: Path) -> None:
         build({"name": "page", **table})
         return
     # A part of a recipe stands in the place of the same part of a whole one.
-    whole = read_table("compare-training" if "compare" in table else "study-digits" if "study" in table else "digits")
+    whole = read_table("study-digits" if "study" in table else "digits")
     for contender in table.get("compare", {}).get("contenders", []):
         if contender.get("method", {}).get("name") == "score":
             contender["method"] = {"name": "trades", "beta": contender["method"]["beta"]}
     for key, value in table.items():
-        if isinstance(value, dict) and isinstance(whole.get(key), dict):
+        if isinstance(value, dict) and isinstance(whole.get(key), dict) and key not in ("compare", "study", "compress"):
             whole[key] = {**whole[key], **value}
         else:
             whole[key] = value

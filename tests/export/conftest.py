@@ -146,6 +146,12 @@ def pruned() -> Case:
 
 
 @pytest.fixture
+def randomised() -> Callable[[nn.Module, torch.Generator], None]:
+    """What gives a network random weights and statistics."""
+    return randomise
+
+
+@pytest.fixture
 def imported() -> Callable[[Path], ModuleType]:
     """Import of an exported source file."""
 

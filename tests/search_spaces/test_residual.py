@@ -12,10 +12,8 @@ from nas.activations.softplus import Softplus
 from nas.analysis.complexity import _counted, complexity
 from nas.compression.channel_pruning import ChannelPruning
 from nas.compression.gdws import Gdws
-from nas.errors import InputError
 from nas.export.package import export_model
 from nas.export.parity import check_exports
-from nas.export.source import why_no_source
 from nas.model_file import ModelSpec, with_plan
 from search_spaces.catalogue import load_genotype, published, space_of
 from search_spaces.genotype import GenotypeError, Option, StageGenotype, read_genotype
@@ -276,10 +274,7 @@ def test_networks_are_compressed(genotype) -> None:
 @pytest.mark.slow
 def test_networks_are_exported(tmp_path) -> None:
     spec, model = spec_of(SMALL[3], (1, 8, 8), 3), seen(SMALL[3])
-    export_model(spec, model, tmp_path, ["json", "safetensors", "onnx"])
+    export_model(spec, model, tmp_path, ["json", "py", "safetensors", "onnx"])
     checked = check_exports(tmp_path, spec, model, torch.rand(3, 1, 8, 8), lambda model, x: 0.9 * x)
-    assert {file.format for file in checked if file.difference is not None} == {"safetensors", "onnx"}
+    assert {file.format for file in checked if file.difference is not None} == {"py", "safetensors", "onnx"}
     assert read_genotype(tmp_path / "genotype.json") == SMALL[3]
-    with pytest.raises(InputError, match="no form as a source file"):
-        export_model(spec, model, tmp_path, ["py"])
-    assert "space 'residual'" in why_no_source(spec)
