@@ -205,7 +205,7 @@ def lines(folder: Path) -> list[Any]:
 
 def test_restore_drops_what_the_checkpoint_does_not_know(tmp_path: Path) -> None:
     records: list[dict[str, Any]] = [{"epoch": epoch, "loss": 1 / (epoch + 3), "b": {"x": 0.1}} for epoch in range(4)]
-    with MetricsLog(tmp_path) as metrics:
+    with MetricsLog(tmp_path, "search") as metrics:
         metrics.restore([])
         for record in records:
             metrics.log(record)
@@ -213,7 +213,7 @@ def test_restore_drops_what_the_checkpoint_does_not_know(tmp_path: Path) -> None
     # Killed while the fifth line was written; the checkpoint knows two epochs.
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 4, "lo')
-    with MetricsLog(tmp_path) as metrics:
+    with MetricsLog(tmp_path, "search") as metrics:
         metrics.restore(records[:2])
         assert lines(tmp_path) == records[:2]
         metrics.log(records[2])
@@ -222,12 +222,12 @@ def test_restore_drops_what_the_checkpoint_does_not_know(tmp_path: Path) -> None
 
 def test_restore_writes_lines_that_were_lost(tmp_path: Path) -> None:
     """The checkpoint reaches the disk before the file of lines need to."""
-    with MetricsLog(tmp_path) as metrics:
+    with MetricsLog(tmp_path, "search") as metrics:
         metrics.restore([{"epoch": 0, "loss": 0.5}])
     assert lines(tmp_path) == [{"epoch": 0, "loss": 0.5}]
 
 
 def test_a_log_that_never_began_closes(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path):
+    with MetricsLog(tmp_path, "search"):
         pass
     assert not list(tmp_path.iterdir())
