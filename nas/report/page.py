@@ -65,9 +65,7 @@ def render(results: Data) -> str:
         topology=[_topology_row(row) for row in analysis.get("topology") or ()],
         complexity=analysis.get("complexity"),
         compression=_compression(models, results.get("throughput")),
-        gallery=gallery_part(
-            [pair for pair in (results.get("gallery") or {}).get("pairs") or () if _is_embedded(pair)]
-        ),
+        gallery=gallery_part(_embedded(results.get("gallery") or {})),
         genotype_text=genotype_text(results.get("genotype")),
         search=_search(results.get("search") or {}),
         training=_training(models),
@@ -93,10 +91,14 @@ def gallery_part(pairs: Sequence[Data]) -> Markup:
     return Markup(template("gallery").render(pairs=pairs)) if pairs else Markup("")
 
 
-def _is_embedded(pair: Data) -> bool:
-    """Whether all images of a pair are inside the page: a page never asks the network for one."""
+def _embedded(gallery: Data) -> list[Data]:
+    """The pairs whose images are all inside the page: a page never asks the network for one."""
     images = ("clean", "change", "adversarial")
-    return all(str(pair.get(image)).startswith("data:image/png;base64,") for image in images)
+    return [
+        pair
+        for pair in gallery.get("pairs") or ()
+        if all(str(pair.get(image)).startswith("data:image/png;base64,") for image in images)
+    ]
 
 
 def genotype_text(genotype: Any) -> str:
