@@ -35,12 +35,12 @@ def heat_map(
     """Mixing weights by operation (rows) and by what ``columns`` name, as inline SVG.
 
     An even mixture has no colour; more of an operation is blue, less is orange, and full at ``span`` (log2 of a
-    factor). The weight stands in each field's tooltip. boundaries: columns before which a new stage begins. Columns
-    whose names are long are named upright.
+    factor). The weight stands in each field's tooltip. boundaries: columns before which a new stage begins. Of
+    numbered columns, as many are named as have room; others are all named, upright.
     """
     even, count = 1 / len(rows), len(columns)
     width, top = FIELDS / count, 16.0
-    upright = max(map(len, columns)) > 3
+    upright = not all(name.isdigit() for name in columns)
     foot = 34.0 if upright else 18.0
     bottom = top + ROW * len(rows)
     height = bottom + foot + 16 + 34
