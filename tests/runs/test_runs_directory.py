@@ -273,6 +273,15 @@ def test_events_are_neither_doubled_nor_lost(tmp_path: Path) -> None:
     assert images["search cell/robust"] == [0]
 
 
+def test_an_epoch_is_shown_as_soon_as_it_is_logged(tmp_path: Path) -> None:
+    """A process that is killed loses nothing that its checkpoint may know, and TensorBoard follows a search."""
+    with MetricsLog(tmp_path, "train") as metrics:
+        metrics.restore([])
+        for epoch in range(3):
+            metrics.log({"epoch": epoch, "loss": 0.5})
+            assert recorded(tmp_path)[0] == {"train/loss": [(one, 0.5) for one in range(epoch + 1)]}
+
+
 def test_the_outcome_is_a_row_of_hyperparameters(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
