@@ -537,17 +537,21 @@ def _report(context: Context) -> dict[str, Any]:
         write_json(speed, run.folder("report") / "throughput.json")
     write_json(_gallery(context), run.folder("report") / "gallery.json")
     results = collect(context)
+    log_outcome(run.folder("report"), flatten(run.table), _outcome(results))
     write_json(results, context.run.path / "results.json")
     write_page(context.run, results)
-    found = {model["role"]: model for model in results["models"]}
-    roles = [role for role in ("searched", "compressed", "plain") if role in found]
-    outcome = {f"{role} worst case": found[role]["worst_case"] for role in roles}
-    outcome |= {f"{role} natural": found[role]["natural"] for role in roles}
-    for record in results["search"]["epochs"][-1:]:
-        outcome |= _outcome_of_search(record)
-    outcome["parameters"] = results["analysis"]["complexity"]["parameters"]
-    log_outcome(run.folder("report"), flatten(run.table), outcome)
     return {"verdict": results["verdict"]}
+
+
+def _outcome(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run is compared with others by."""
+    found: dict[str, Any] = {"parameters": results["analysis"]["complexity"]["parameters"]}
+    for model in results["models"]:
+        if model["role"] in ("searched", "compressed", "plain"):
+            found |= {f"{model['role']} worst case": model["worst_case"], f"{model['role']} natural": model["natural"]}
+    for last in results["search"]["epochs"][-1:]:
+        found |= _outcome_of_search(last)
+    return found
 
 
 LOOKED_AT, FALLEN, SHOWN = 32, 4, 8
