@@ -118,7 +118,8 @@ def _networks(context: Context) -> list[_Work]:
         shown = todo.configurations[:: max(1, len(todo.configurations) // 3)][:3]
         share = todo.size / len(shown)
         return [_Work(one.genotype, part, own * share, round(share), one.channels) for one in shown]
-    models = 1 + recipe.baselines.random + (recipe.baselines.plain is not None)
+    baselines = recipe.baselines
+    models = 1 + baselines.random + len(baselines.networks) + (baselines.plain is not None)
     shrunk = 0 if recipe.compress is None else recipe.compress.epochs
     genotype = recipe.space.random(torch.Generator().manual_seed(0))
     return [_Work(genotype, part, own * models + shrunk, models + (recipe.compress is not None))]

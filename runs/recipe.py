@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nas import plugins
 from nas.activations.activation import Activation
@@ -30,9 +30,9 @@ from runs.construct import check_keys, chosen, construct, mapping, name_of
 from runs.contenders import ComparePart, compare_from
 from runs.contenders import Makers as ContenderMakers
 from runs.study_part import StudyPart, study_from
-from search_spaces.catalogue import spaces
+from search_spaces.catalogue import load_genotype, published, spaces
 from search_spaces.cell_space import CellSpace
-from search_spaces.genotype import StageGenotype
+from search_spaces.genotype import Genotype, StageGenotype
 from search_spaces.layout import Layout
 
 Table = Mapping[str, Any]
@@ -146,17 +146,40 @@ class Baselines:
 
     random: number of random cell networks of equal size; tolerance: largest relative difference in parameters.
     plain_depths, plain_widths: stages of a plain convolutional network, empty for none.
+    published: names of published genotypes of cells; equal: what the channels of their networks are chosen for, so that
+    it comes nearest to the searched network's: "parameters", "macs" or, for two networks of each, both.
     """
 
     random: int = 3
     tolerance: float = 0.05
     plain_depths: tuple[int, ...] = ()
     plain_widths: tuple[int, ...] = ()
+    published: tuple[str, ...] = ()
+    equal: tuple[Literal["parameters", "macs"], ...] = ("parameters",)
 
     def __post_init__(self) -> None:
         if self.random < 0 or not 0 < self.tolerance < 1:
             raise InputError("random must be at least 0, tolerance between 0 and 1")
+        if not self.equal or len(set(self.equal)) < len(self.equal) or len(set(self.published)) < len(self.published):
+            raise InputError("published names each genotype once, equal at least one of 'parameters' and 'macs'")
+        for name in self.published:
+            self.genotype(name)
         _ = self.plain
+
+    def genotype(self, name: str) -> Genotype:
+        """The published genotype of cells called ``name``."""
+        cells = [known for known in published() if isinstance(load_genotype(known), Genotype)]
+        if name not in cells:
+            what = "has a size of its own" if name in published() else "is not a published genotype"
+            raise InputError(f"published: '{name}' {what}: name genotypes of cells ({', '.join(cells)})")
+        found = load_genotype(name)
+        assert isinstance(found, Genotype)
+        return found
+
+    @property
+    def networks(self) -> dict[str, tuple[str, str]]:
+        """The networks of published genotypes: by name, the genotype and what they equal the searched network in."""
+        return {f"{name}-equal-{what}": (name, what) for name in self.published for what in self.equal}
 
     @property
     def plain(self) -> StageGenotype | None:

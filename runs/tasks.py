@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,9 +19,16 @@ import torch
 from torch import nn
 
 from nas.activations.transfer import check_source, freeze_activation, load_activation
-from nas.analysis.complexity import complexity, nonzero_parameters, parameters_of, with_parameters
+from nas.analysis.complexity import (
+    Complexity,
+    complexity,
+    nonzero_parameters,
+    parameters_of,
+    with_macs,
+    with_parameters,
+)
 from nas.analysis.drawing import draw_cell
-from nas.analysis.throughput import speed_lines, throughput
+from nas.analysis.throughput import throughput
 from nas.analysis.topology import topology
 from nas.compression.plan import Recovers, Steers, plan_for
 from nas.compression.size import stored_size
@@ -47,8 +55,9 @@ from runs.compress_part import PARENT, CompressPart, Step
 from runs.directory import RunDirectory, flatten, read_json, write_json
 from runs.exporting import card_of, export_into
 from runs.judging import Bench, judge
-from runs.metrics import MetricsLog
+from runs.metrics import MetricsLog, log_outcome
 from runs.recipe import Recipe, SearchPart
+from runs.reproduction import command_of, recipe_text
 from search_spaces.genotype import AnyGenotype, Genotype, GenotypeError, genotype_from_data, write_genotype
 
 Tick = Callable[[float], None]
@@ -125,6 +134,7 @@ def plan(recipe: Recipe, command: str) -> list[Task]:
         return tasks
     full = command == "run"
     networks = ["searched"] + [f"random-{i + 1}" for i in range(recipe.baselines.random if full else 0)]
+    networks += [*recipe.baselines.networks] if full else []
     networks += ["plain"] if full and recipe.baselines.plain is not None else []
     # Several may be done at once, the first that can be before others: long chains come first, short tasks last.
     models = list(networks)
@@ -167,12 +177,16 @@ def found_genotype(run: RunDirectory) -> AnyGenotype:
         raise InputError(f"{place} is damaged: {error}") from None
 
 
+IN_METRICS_ONLY = ("genotype", "mixing_weights", "warnings")
+"""What an epoch of the search leaves in metrics.jsonl, but not in results."""
+
+
 def _search(context: Context) -> dict[str, Any]:
     recipe, folder = context.recipe, context.run.folder("search")
     part, activation = recipe.search, recipe.train.activation
     if activation is not None and activation.transfer:
         check_source(Path(activation.transfer))  # told before a search, not after
-    with MetricsLog(folder) as metrics:
+    with MetricsLog(folder, "search") as metrics:
         result = search(
             recipe.space,
             context.data,
@@ -191,7 +205,7 @@ def _search(context: Context) -> dict[str, Any]:
     return {
         "genotype": result.genotype.to_data(),
         "mixing_weights": {kind: table.tolist() for kind, table in result.weights.items()},
-        "epochs": [{k: v for k, v in record.items() if k not in ("genotype", "warnings")} for record in result.records],
+        "epochs": [{k: v for k, v in record.items() if k not in IN_METRICS_ONLY} for record in result.records],
         "warnings": result.warnings,
     }
 
@@ -235,12 +249,22 @@ def _analyse(context: Context) -> dict[str, Any]:
         "complexity": size.to_data(),
         "random": [],
     }
+    if context.run.command == "search":
+        last = context.run.needed("search")["epochs"][-1]
+        log_outcome(folder, flatten(context.run.table), _outcome_of_search(last) | {"parameters": size.parameters})
     if not isinstance(genotype, Genotype):
         return result
     for kind, cell in genotype.cells:
         write_text(draw_cell(cell, f"{kind} cell"), folder / f"{kind}.svg")
-    if context.run.command == "run" and context.recipe.baselines.random:
-        part = context.recipe.baselines
+    part = context.recipe.baselines
+    if context.run.command == "run" and part.published:
+        result["published"] = {
+            name: {"genotype": given.to_data(), "channels": channels}
+            for name, (known, what) in part.networks.items()
+            for given in [part.genotype(known)]
+            for channels in [_equal(dataclasses.replace(spec, genotype=given), size, what).channels]
+        }
+    if context.run.command == "run" and part.random:
 
         def fit(candidate: Genotype) -> tuple[int, int]:
             fitted = with_parameters(dataclasses.replace(spec, genotype=candidate), size.parameters)
@@ -253,6 +277,16 @@ def _analyse(context: Context) -> dict[str, Any]:
     return result
 
 
+def _equal(spec: ModelSpec, size: Complexity, what: str) -> ModelSpec:
+    """``spec`` with the channels at which its network has about the parameters, or the MACs, of ``size``."""
+    return with_macs(spec, size.macs) if what == "macs" else with_parameters(spec, size.parameters)
+
+
+def _outcome_of_search(last: Mapping[str, Any]) -> dict[str, Any]:
+    """What the last epoch of a search is compared with others by."""
+    return {f"search {key.replace('_', ' ')}": last.get(key) for key in ("robust_accuracy", "natural_accuracy")}
+
+
 def _train(name: str) -> Callable[[Context], dict[str, Any]]:
     def work(context: Context) -> dict[str, Any]:
         recipe, run = context.recipe, context.run
@@ -262,7 +296,9 @@ def _train(name: str) -> Callable[[Context], dict[str, Any]]:
         elif name == "searched":
             genotype = found_genotype(run)
         else:
-            drawn = run.needed("analyse")["random"][int(name.removeprefix("random-")) - 1]
+            found = run.needed("analyse")
+            given = name in recipe.baselines.networks
+            drawn = found["published"][name] if given else found["random"][int(name.removeprefix("random-")) - 1]
             genotype, channels = genotype_from_data(drawn["genotype"]), drawn["channels"]
         spec, model, objective = to_train(context, genotype, name, channels)
         records = train_in(context, model, objective, recipe.train.training, run.folder(f"train/{name}"), name)
@@ -402,7 +438,7 @@ def train_in(
         for record in records:
             heard(record)
 
-    with MetricsLog(folder) as metrics:
+    with MetricsLog(folder, "train") as metrics:
         return train(
             model,
             context.data,
@@ -495,7 +531,9 @@ def _report(context: Context) -> dict[str, Any]:
         # To make ONNX files takes longer than all of the report: nas compress does.
         speed = context.throughput(networks, engines=("eager",), turn=0.1)
         write_json(speed, run.folder("report") / "throughput.json")
+    write_json(_gallery(context), run.folder("report") / "gallery.json")
     results = collect(context)
+    log_outcome(run.folder("report"), flatten(run.table), _outcome(results))
     write_json(results, context.run.path / "results.json")
     write_page(context.run, results)
     for name, folder in (("searched", run.path / "export"), ("compressed", run.path / "export/compressed")):
@@ -506,6 +544,39 @@ def _report(context: Context) -> dict[str, Any]:
     return {"verdict": results["verdict"]}
 
 
+def _outcome(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run is compared with others by."""
+    found: dict[str, Any] = {"parameters": results["analysis"]["complexity"]["parameters"]}
+    for model in results["models"]:
+        if model["role"] in ("searched", "compressed", "plain"):
+            found |= {f"{model['role']} worst case": model["worst_case"], f"{model['role']} natural": model["natural"]}
+    for last in results["search"]["epochs"][-1:]:
+        found |= _outcome_of_search(last)
+    return found
+
+
+LOOKED_AT, FALLEN, SHOWN = 32, 4, 8
+"""Test images that the gallery is chosen from, those among it that fall at most, and all of it."""
+
+
+def _gallery(context: Context) -> dict[str, Any]:
+    """A few test images, and what an attack on the searched network makes of them; first such that fall."""
+    from nas.evaluation.gallery import gallery
+    from nas.report.gallery import shown
+
+    bench = bench_of(context)
+    _, network = load_model(model_folder(context.run, "searched"), context.device)
+    pairs = gallery(network, bench.x, bench.y, bench.threat_model, seed=bench.seed, pairs=LOOKED_AT)
+    fallen = [pair for pair in pairs if pair.seen_adversarial != pair.label]
+    standing = [pair for pair in pairs if pair.seen_adversarial == pair.label]
+    chosen = (fallen[:FALLEN] + standing)[:SHOWN]
+    return {
+        "looked_at": len(pairs),
+        "fallen": len(fallen),
+        "pairs": [shown(pair, context.data.classes, limited=True) for pair in chosen],
+    }
+
+
 def write_page(run: RunDirectory, results: Mapping[str, Any]) -> Path:
     """report.html of a run; times are only here, so that results.json of equal runs are equal."""
     # Pictures need matplotlib, which takes half a second to import in every worker.
@@ -514,11 +585,26 @@ def write_page(run: RunDirectory, results: Mapping[str, Any]) -> Path:
     paths = sorted(run.path.rglob("timing.json"))
     timing = {str(path.parent.relative_to(run.path)): read_json(path)["seconds"] for path in paths}
     environment = read_json(run.path / "environment.json")
-    measured = run.path / "report" / "throughput.json"
-    if measured.exists():
-        results = {**results, "verdict": [*results["verdict"], *speed_lines(read_json(measured))]}
+    recorded = {}
+    for part in ("throughput", "gallery"):
+        path = run.path / "report" / f"{part}.json"
+        recorded[part] = read_json(path) if path.exists() else None
+    results = {**results, **recorded, "recipe_text": recipe_text(run.table), "search": _with_mixing(run, results)}
     write_report({**results, "environment": environment, "timing": timing}, run.path / "report.html")
     return run.path / "report.html"
+
+
+def _with_mixing(run: RunDirectory, results: Mapping[str, Any]) -> dict[str, Any]:
+    """What is told of the search, each epoch with its mixing weights, where they were recorded."""
+    path, found = run.path / "search" / "metrics.jsonl", {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path} is not JSON lines ({error})") from None
+        found[record["epoch"]] = record.get("mixing_weights")
+    told: dict[str, Any] = results["search"]
+    return {**told, "epochs": [{**row, "mixing_weights": found.get(row.get("epoch"))} for row in told["epochs"]]}
 
 
 def collect(context: Context) -> dict[str, Any]:
@@ -526,19 +612,21 @@ def collect(context: Context) -> dict[str, Any]:
     run, recipe, data = context.run, context.recipe, context.data
     searched, analysis = run.needed("search"), run.needed("analyse")
     models = []
-    names = ["searched", "compressed", *(f"random-{i + 1}" for i in range(len(analysis["random"]))), "plain"]
+    published = analysis.get("published", {})
+    names = ["searched", "compressed", *(f"random-{i + 1}" for i in range(len(analysis["random"])))]
+    names += [*published, "plain"]
     for name in names:
         evaluation = run.result(f"evaluate/{name}")
         if evaluation is None:
             continue
         trained = run.needed("compress" if name == "compressed" else f"train/{name}")
-        role = "random" if name.startswith("random-") else name
+        role = "random" if name.startswith("random-") else "published" if name in published else name
         models.append({"name": name, "role": role, **trained, **evaluation})
     exported = run.result("export") or {"files": []}
     results: dict[str, Any] = {
         "schema": 1,
         "name": recipe.general.name,
-        "command": f"nas {run.command} {recipe.general.name}",
+        "command": command_of(run),
         "seed": recipe.general.seed,
         "threat_model": {"norm": recipe.threat_model.norm, "epsilon": recipe.threat_model.epsilon},
         "data": {

@@ -6,9 +6,9 @@ nodes. Every edge carries the name of its operation; the edges into the output c
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable
-from itertools import zip_longest
 
 import networkx as nx
 
@@ -50,6 +50,30 @@ def node_depths(cell: Cell) -> dict[int, int]:
 def depth(cell: Cell) -> int:
     """The longest path from an input to an intermediate node, in operations. ARNAS: accurate 3, robust 4."""
     return max(node_depths(cell).values())
+
+
+def longest_path(cell: Cell) -> tuple[tuple[int, str, int], ...]:
+    """One path of ``depth(cell)`` operations, from an input on: source, operation and target of each.
+
+    Of several such paths it is the one whose nodes, seen from the output, have the lowest numbers.
+    """
+    depths = node_depths(cell)
+    node = max(depths, key=lambda number: depths[number])
+    steps = []
+    while node not in INPUTS:
+        edge = min(cell.nodes[node - len(INPUTS)], key=lambda edge: (-depths[edge.source], edge.source))
+        steps.append((edge.source, edge.operation, node))
+        node = edge.source
+    return tuple(reversed(steps))
+
+
+def supernet_edges(count: int) -> list[tuple[int, int]]:
+    """Source and target of a supernet's first ``count`` edges in the order of its mixing weights.
+
+    In a supernet every node reads all nodes before it.
+    """
+    targets = itertools.count(len(INPUTS))
+    return list(itertools.islice(((source, target) for target in targets for source in range(target)), count))
 
 
 def input_edges(cell: Cell) -> int:
@@ -96,7 +120,7 @@ def path_lengths(cell: Cell) -> tuple[int, ...]:
 
 def _added(counts: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
     """Sums place by place; a tuple that ends early counts as zeros."""
-    return tuple(map(sum, zip_longest(*counts, fillvalue=0)))
+    return tuple(map(sum, itertools.zip_longest(*counts, fillvalue=0)))
 
 
 def operation_histogram(cell: Cell) -> dict[str, int]:

@@ -8,6 +8,7 @@ convolution and linear layer runs as the module it is and a forward hook sees it
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -139,16 +140,26 @@ def parameters_of(spec: ModelSpec) -> int:
 
 
 def with_parameters(spec: ModelSpec, target: int) -> ModelSpec:
-    """``spec`` with the base channels at which its network comes nearest to ``target`` parameters.
+    """``spec`` with the base channels at which its network comes nearest to ``target`` parameters."""
+    return _with_size(spec, target, parameters_of)
 
-    Networks of more channels have more parameters, so the channels are found by bisection. A genotype that holds its
-    own size is returned as it is.
+
+def with_macs(spec: ModelSpec, target: int) -> ModelSpec:
+    """``spec`` with the base channels at which its network comes nearest to ``target`` multiply-accumulates."""
+    return _with_size(spec, target, lambda one: complexity(one).macs)
+
+
+def _with_size(spec: ModelSpec, target: int, size_of: Callable[[ModelSpec], int]) -> ModelSpec:
+    """The base channels at which the size is nearest to ``target``.
+
+    Networks of more channels are larger, so the channels are found by bisection. A genotype that holds its own size is
+    returned as it is.
     """
     if isinstance(spec.genotype, StageGenotype):
         return spec
 
     def size(channels: int) -> int:
-        return parameters_of(replace(spec, channels=channels))
+        return size_of(replace(spec, channels=channels))
 
     low, high = 1, 2
     while size(high) < target:

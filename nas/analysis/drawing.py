@@ -30,6 +30,16 @@ FAMILIES = {
 }
 """Colour of each family of operations on a light and on a dark ground; at least 4.5:1 against white or near-black."""
 
+FAMILY_NAMES = {
+    "pool": "pooling",
+    "skip": "skip connection",
+    "sep": "separable convolution",
+    "dil": "dilated convolution",
+    "other": "other operation",
+}
+LEGEND_ROW = 18.0
+LEGEND_LINE = 24.0
+
 _ILLEGAL = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -43,25 +53,37 @@ def draw_cell(cell: Cell, title: str) -> str:
     layout = layered_layout(cell, widths, SIZES)
     shown_title = _shortened(title, LONGEST_TITLE)
     width = max(layout.width, CHARACTER_WIDTH * 1.25 * len(shown_title)) + 2 * MARGIN
-    height = layout.height + 2 * MARGIN + TITLE_HEIGHT
+    legend, legend_height = _legend(cell, width - 2 * MARGIN)
+    height = layout.height + 2 * MARGIN + TITLE_HEIGHT + legend_height
     # Several drawings may stand on one page, where ids must differ.
     key = hashlib.blake2b(repr((cell.nodes, title)).encode("utf-8", "replace"), digest_size=4).hexdigest()
     parts = [
         f'<svg xmlns="{NAMESPACE}" class="cell-drawing" role="img" '
         f'aria-labelledby="cell-{key}-title cell-{key}-desc" viewBox="0 0 {width:.0f} {height:.0f}" '
         f'width="{width:.0f}" height="{height:.0f}">',
-        f'<title id="cell-{key}-title">{_text(title)}</title>',
-        f'<desc id="cell-{key}-desc">{_text(describe_cell(cell))}</desc>',
+        f'<title id="cell-{key}-title">{svg_text(title)}</title>',
+        f'<desc id="cell-{key}-desc">{svg_text(describe_cell(cell))}</desc>',
         f"<style>{_style()}</style>",
-        f'<text class="cell-title" x="{MARGIN:.0f}" y="{MARGIN + 13:.0f}">{_text(shown_title)}</text>',
+        f'<text class="cell-title" x="{MARGIN:.0f}" y="{MARGIN + 13:.0f}">{svg_text(shown_title)}</text>',
         f'<g transform="translate({(width - layout.width) / 2:.1f} {MARGIN + TITLE_HEIGHT:.1f})">',
     ]
     # Fainter lines first: where edges cross, the operations lie on top.
-    chains = sorted(layout.chains, key=lambda chain: chain.operation != graph.CONCAT)
-    parts += [_edge(chain, layout, labels) for chain in chains]
+    longest = on_longest_path(cell, layout)
+    chains = sorted(layout.chains, key=lambda chain: (chain.operation != graph.CONCAT, chain in longest))
+    parts += [_edge(chain, layout, labels, chain in longest) for chain in chains]
     for column in layout.columns:
         parts += [_node(item.name, item.x, item.y, item.width, item.height) for item in column if item.kind == "node"]
-    return "\n".join([*parts, "</g>", "</svg>"]) + "\n"
+    parts += ["</g>", f'<g transform="translate({MARGIN:.0f} {height - MARGIN - legend_height:.1f})">', legend, "</g>"]
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def on_longest_path(cell: Cell, layout: Layout) -> list[Chain]:
+    """The edges of ``layout`` that make up the longest path of ``cell``."""
+    found = []
+    for source, operation, target in graph.longest_path(cell):
+        same = (chain for chain in layout.chains if (chain.source, chain.target) == (source, target))
+        found.append(next(chain for chain in same if chain.operation == operation))
+    return found
 
 
 def describe_cell(cell: Cell) -> str:
@@ -71,7 +93,9 @@ def describe_cell(cell: Cell) -> str:
         terms = " + ".join(f"{operation_label(edge.operation)} of {_node_name(edge.source)}" for edge in incoming)
         sentences.append(f"node {node} = {terms}")
     nodes = ", ".join(str(node) for node in graph.intermediate_nodes(cell))
-    return "; ".join([*sentences, f"the output concatenates nodes {nodes}."])
+    path = graph.longest_path(cell)
+    way = ", ".join(_node_name(node) for node in (path[0][0], *(target for _, _, target in path)))
+    return "; ".join([*sentences, f"the output concatenates nodes {nodes}"]) + f". Longest path: {way}."
 
 
 def operation_label(operation: str) -> str:
@@ -86,15 +110,35 @@ def family(operation: str) -> str:
     return next((name for name in ("skip", "sep", "dil") if operation.startswith(name)), "other")
 
 
-def _edge(chain: Chain, layout: Layout, labels: dict[str, str]) -> str:
+def _legend(cell: Cell, width: float) -> tuple[str, float]:
+    """What lines mean, in rows of at most ``width`` pixels where one entry is not wider; and how high the rows are."""
+    depth = graph.depth(cell)
+    entries = [("cell-longest", f"longest path, {depth} operation{'s' if depth > 1 else ''}")]
+    used = {family(edge.operation) for node in cell.nodes for edge in node}
+    entries += [(f"cell-{name}", FAMILY_NAMES[name]) for name in FAMILIES if name in used]
+    entries.append(("cell-concat", "concatenated"))
+    parts, x, y = [], 0.0, LEGEND_ROW
+    for kind, words in entries:
+        length = LEGEND_LINE + 6 + 0.92 * CHARACTER_WIDTH * len(words)
+        if x and x + length > width:
+            x, y = 0.0, y + LEGEND_ROW
+        parts.append(
+            f'<g class="cell-key {kind}"><line x1="{x:.1f}" x2="{x + LEGEND_LINE:.1f}" y1="{y - 4:.1f}" '
+            f'y2="{y - 4:.1f}"/><text x="{x + LEGEND_LINE + 6:.1f}" y="{y:.1f}">{words}</text></g>'
+        )
+        x += length + 16
+    return "".join(parts), y + 4
+
+
+def _edge(chain: Chain, layout: Layout, labels: dict[str, str], longest: bool) -> str:
     concat = chain.operation == graph.CONCAT
     kind = "concat" if concat else family(chain.operation)
-    leave, enter = ports(chain, SIZES)
-    path, tip = _path(chain, layout, leave, enter)
+    kind += " cell-longest" if longest else ""
+    segments, (tip, enter) = edge_path(chain, layout)
     name = f"{chain.source} → {chain.target}: {chain.operation}"
     parts = [
-        f'<g class="cell-edge cell-{kind}"><title>{_text(name)}</title>',
-        f'<path d="{path}"/>',
+        f'<g class="cell-edge cell-{kind}"><title>{svg_text(name)}</title>',
+        f'<path d="{_written(segments)}"/>',
         f'<polygon points="{tip:.1f},{enter:.1f} {tip - ARROW:.1f},{enter - ARROW / 2:.1f} '
         f'{tip - ARROW:.1f},{enter + ARROW / 2:.1f}"/>',
     ]
@@ -103,15 +147,19 @@ def _edge(chain: Chain, layout: Layout, labels: dict[str, str]) -> str:
             parts.append(
                 f'<rect x="{item.x - item.width / 2:.1f}" y="{item.y - item.height / 2:.1f}" '
                 f'width="{item.width:.1f}" height="{item.height:.1f}" rx="{item.height / 2:.0f}"/>'
-                f'<text x="{item.x:.1f}" y="{item.y + 4:.1f}">{_text(labels[chain.operation])}</text>'
+                f'<text x="{item.x:.1f}" y="{item.y + 4:.1f}">{svg_text(labels[chain.operation])}</text>'
             )
     return "".join([*parts, "</g>"])
 
 
-def _path(chain: Chain, layout: Layout, leave: float, enter: float) -> tuple[str, float]:
-    """The line of an edge and the x of its tip: level within columns, S-curves in the gaps, open under the label."""
+def edge_path(chain: Chain, layout: Layout) -> tuple[list[tuple[str, tuple[float, ...]]], tuple[float, float]]:
+    """The line of an edge as SVG's commands M, H and C with their numbers, and the point of its tip.
+
+    Level within columns, S-curves in the gaps, open under the label.
+    """
+    leave, enter = ports(chain, SIZES)
     x, y = chain.items[0].x + chain.items[0].width / 2, leave
-    segments = [f"M{x:.1f},{y:.1f}"]
+    segments: list[tuple[str, tuple[float, ...]]] = [("M", (x, y))]
     for item in chain.items[1:]:
         last = item is chain.items[-1]
         left, right = layout.borders[item.column]
@@ -120,17 +168,26 @@ def _path(chain: Chain, layout: Layout, leave: float, enter: float) -> tuple[str
         goal = enter if last else item.y
         before = layout.borders[item.column - 1][1]
         turn = min(begin, left - ARROW) if last else left
-        segments.append(f"H{before:.1f}")
         middle = (before + turn) / 2
-        segments.append(f"C{middle:.1f},{y:.1f} {middle:.1f},{goal:.1f} {turn:.1f},{goal:.1f}")
+        segments += [("H", (before,)), ("C", (middle, y, middle, goal, turn, goal))]
         x, y = begin, goal
         if last:
-            segments.append(f"H{begin:.1f}")
+            segments.append(("H", (begin,)))
         elif item.kind == "label":
-            segments.append(f"H{item.x - item.width / 2:.1f}M{item.x + item.width / 2:.1f},{y:.1f}H{right:.1f}")
+            ends = (item.x - item.width / 2, item.x + item.width / 2)
+            segments += [("H", ends[:1]), ("M", (ends[1], y)), ("H", (right,))]
         else:
-            segments.append(f"H{right:.1f}")
-    return "".join(segments), x + ARROW
+            segments.append(("H", (right,)))
+    return segments, (x + ARROW, enter)
+
+
+def _written(segments: list[tuple[str, tuple[float, ...]]]) -> str:
+    """Commands as the ``d`` of a path, points apart."""
+    parts = []
+    for command, numbers in segments:
+        points = [numbers[at : at + 2] for at in range(0, len(numbers), 2)]
+        parts.append(command + " ".join(",".join(f"{value:.1f}" for value in point) for point in points))
+    return "".join(parts)
 
 
 def _node(name: int | str, x: float, y: float, width: float, height: float) -> str:
@@ -147,7 +204,7 @@ def _style() -> str:
 
     def colours(shade: int) -> str:
         return "".join(
-            f".cell-{name} path,.cell-{name} rect{{stroke:{shades[shade]}}}"
+            f".cell-{name} path,.cell-{name} rect,.cell-{name} line{{stroke:{shades[shade]}}}"
             f".cell-{name} polygon,.cell-{name} rect{{fill:{shades[shade]}}}"
             for name, shades in FAMILIES.items()
         )
@@ -162,7 +219,15 @@ def _style() -> str:
         ".cell-edge rect{fill-opacity:.13;stroke-width:1.4}"
         ".cell-node rect{fill:currentColor;fill-opacity:.07;stroke:currentColor;stroke-width:1.4}"
         ".cell-node text{font-size:13px;font-weight:600}"
-        ".cell-concat path{stroke:currentColor;stroke-opacity:.4;stroke-width:1.2;stroke-dasharray:5 3}"
+        # The longest path differs in width and weight, not in colour alone.
+        ".cell-longest path{stroke-width:4}"
+        ".cell-longest rect{stroke-width:2.8}"
+        ".cell-edge.cell-longest text{font-weight:700}"
+        ".cell-key text{text-anchor:start;font-size:11px}"
+        ".cell-key line{stroke-width:2}"
+        ".cell-key.cell-longest line{stroke:currentColor;stroke-width:4}"
+        ".cell-concat path,.cell-concat line{stroke:currentColor;stroke-opacity:.4;stroke-width:1.2;"
+        "stroke-dasharray:5 3}"
         ".cell-concat polygon{fill:currentColor;fill-opacity:.5}"
         + colours(0)
         + f"@media screen and (prefers-color-scheme:dark){{{colours(1)}}}"
@@ -177,6 +242,6 @@ def _shortened(text: str, longest: int) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
-def _text(text: str) -> str:
+def svg_text(text: str) -> str:
     """Text as XML: escaped, without the characters XML cannot hold."""
     return escape(_ILLEGAL.sub("\N{REPLACEMENT CHARACTER}", text))

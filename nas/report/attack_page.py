@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
-from torch import Tensor
 
 from nas.evaluation.gallery import Pair
 from nas.report import curves
 from nas.report.curves import Series
-from nas.report.page import CHECK_MARKS, template
+from nas.report.gallery import shown
+from nas.report.page import CHECK_MARKS, gallery_part, template
 from nas.tensor_file import write_text
-
-ENLARGED = 96
-"""Pixels that an image of the gallery is at least wide."""
 
 
 def write_attack_page(
@@ -43,7 +38,7 @@ def render(result: Mapping[str, Any], pairs: Sequence[Pair], classes: Sequence[s
         transfer=result.get("transfer"),
         corruptions=result.get("corruptions"),
         pictures=[picture for picture in (_over_epsilon(found), _over_steps(found)) if picture],
-        gallery=[_shown(pair, classes) for pair in pairs],
+        gallery=gallery_part([shown(pair, classes) for pair in pairs]),
     )
 
 
@@ -63,34 +58,3 @@ def _over_steps(found: Mapping[str, Any]) -> dict[str, Any] | None:
     series = Series("PGD, margin", [p["steps"] for p in points], [p["accuracy"] for p in points])
     drawn = curves.curves("Accuracy over steps", [series], unit="share", top=1.0, axis="steps")
     return {"picture": Markup(drawn), "caption": "Accuracy over the steps of the attack"}
-
-
-def _shown(pair: Pair, classes: Sequence[str]) -> dict[str, Any]:
-    """Images of a pair as data URIs: the image, the difference enlarged to the full range, the adversarial image."""
-    difference = pair.adversarial - pair.clean
-    scale = float(difference.abs().max())
-    change = 0.5 + 0.5 * difference / scale if scale > 0 else 0.5 + difference
-    return {
-        "clean": _data_uri(pair.clean),
-        "change": _data_uri(change),
-        "adversarial": _data_uri(pair.adversarial),
-        "label": classes[pair.label],
-        "seen": classes[pair.seen_adversarial],
-        "broken": pair.seen_adversarial != pair.label,
-        "scale": scale,
-    }
-
-
-def _data_uri(image: Tensor) -> str:
-    """[C, H, W] in [0, 1] as a PNG; of other than 1 or 3 channels, the first."""
-    from PIL import Image
-
-    pixels = (image.clamp(0, 1) * 255).round().byte()
-    picture = (
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()) if len(pixels) == 3 else Image.fromarray(pixels[0].numpy())
-    )
-    enlargement = max(1, -(-ENLARGED // picture.width))
-    size = (picture.width * enlargement, picture.height * enlargement)
-    stream = io.BytesIO()
-    picture.resize(size, Image.Resampling.NEAREST).save(stream, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from importlib import resources
@@ -12,12 +13,14 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from nas.analysis.drawing import NAMESPACE, TIMES, draw_cell, operation_label
+from nas.analysis.throughput import speed_lines
 from nas.report import curves
 from nas.report.curves import Interval, Series
+from nas.report.heat_map import heat_map, span_of
 from nas.report.verdict import verdict
 from nas.tensor_file import write_text
 from search_spaces.genotype import AnyGenotype, Genotype, GenotypeError, genotype_from_data
-from search_spaces.graph import edge_count
+from search_spaces.graph import edge_count, supernet_edges
 
 LARGEST_DRAWING = 200
 """Operations beyond which a cell is described only: the picture would be unreadable."""
@@ -26,7 +29,13 @@ ABSENT = "\N{EN DASH}"
 
 CHECK_MARKS = {"pass": "✓", "warn": "▲", "fail": "✗"}
 
-ROLE_LINES = {"searched": (0, 0, 2.4), "compressed": (2, 2, 1.6), "random": (4, 0, 1.0), "plain": (1, 1, 1.6)}
+ROLE_LINES = {
+    "searched": (0, 0, 2.4),
+    "compressed": (2, 2, 1.6),
+    "random": (4, 0, 1.0),
+    "published": (3, 3, 1.6),
+    "plain": (1, 1, 1.6),
+}
 """Colour, dash and width of a model's training curves."""
 
 Data = Mapping[str, Any]
@@ -55,6 +64,9 @@ def render(results: Data) -> str:
         others=_other_drawings(models, genotype),
         topology=[_topology_row(row) for row in analysis.get("topology") or ()],
         complexity=analysis.get("complexity"),
+        compression=_compression(models, results.get("throughput")),
+        gallery=gallery_part(_embedded(results.get("gallery") or {})),
+        genotype_text=genotype_text(results.get("genotype")),
         search=_search(results.get("search") or {}),
         training=_training(models),
         overfitting=_overfitting(models),
@@ -72,6 +84,35 @@ def template(name: str) -> Template:
     folder = resources.files("nas.report")
     environment.globals["style"] = Markup(folder.joinpath("style.css.jinja").read_text("utf-8"))
     return environment.from_string(folder.joinpath(f"{name}.html.jinja").read_text("utf-8"))
+
+
+def gallery_part(pairs: Sequence[Data]) -> Markup:
+    """The part of a page with the images ``pairs`` of ``nas.report.gallery``; nothing where there are none."""
+    return Markup(template("gallery").render(pairs=pairs)) if pairs else Markup("")
+
+
+def _embedded(gallery: Data) -> list[Data]:
+    """The pairs whose images are all inside the page: a page never asks the network for one."""
+    images = ("clean", "change", "adversarial")
+    return [
+        pair
+        for pair in gallery.get("pairs") or ()
+        if all(str(pair.get(image)).startswith("data:image/png;base64,") for image in images)
+    ]
+
+
+def genotype_text(genotype: Any) -> str:
+    """A genotype as JSON with a line for each kind of cell."""
+    if not isinstance(genotype, dict):
+        return ""
+    lines = []
+    for key, value in genotype.items():
+        if isinstance(value, dict) and key == "cells":
+            inner = ",\n".join(f"  {json.dumps(kind)}: {json.dumps(cell)}" for kind, cell in value.items())
+            lines.append(f" {json.dumps(key)}: {{\n{inner}\n }}")
+        else:
+            lines.append(f" {json.dumps(key)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(lines) + "\n}"
 
 
 def percent(share: float | None) -> str:
@@ -146,11 +187,13 @@ def _checks(models: Sequence[Data]) -> dict[str, Any]:
         for place, model in enumerate(checked)
         for check in model["checks"]
     }
-    columns = [
-        {"place": place, "name": str(model.get("name", "?")), "searched": model.get("role") == "searched"}
-        for place, model in enumerate(checked)
+    columns = [{"place": place, "name": str(model.get("name", "?"))} for place, model in enumerate(checked)]
+    notable = [
+        {"model": columns[place]["name"], "name": name, **check}
+        for (place, name), check in found.items()
+        if check["word"] != "pass"
     ]
-    return {"names": list(names), "models": columns, "found": found}
+    return {"names": list(names), "models": columns, "found": found, "notable": notable}
 
 
 def _graded(check: Data) -> dict[str, str]:
@@ -232,8 +275,8 @@ def _search(search: Data) -> dict[str, Any]:
                 _line(epochs, "weights", "weight_loss", 4, 3),
             ],
         ),
-        "Gamma, the weight of the natural loss": ("number", 1.0, [_line(epochs, "gamma", "gamma", 0, 0)]),
-        "Entropy of the mixing weights, by kind of cell": ("number", None, _by_kind(epochs, "alpha_entropy", float)),
+        "Gamma, the weight of the natural loss": ("number", None, [_line(epochs, "gamma", "gamma", 0, 0)]),
+        "Entropy of the mixing weights, by kind of cell": ("number", 1.05, _by_kind(epochs, "alpha_entropy", float)),
         "Edges on which a parameter-free operation leads": (
             "share",
             1.0,
@@ -245,7 +288,44 @@ def _search(search: Data) -> dict[str, Any]:
         for caption, (unit, top, series) in lines.items()
         if (picture := curves.curves(caption, series, unit=unit, boundaries=boundaries, top=top))
     ]
-    return {"epochs": epochs, "stages": stages, "pictures": pictures, "warnings": search.get("warnings") or ()}
+    return {
+        "epochs": epochs,
+        "stages": stages,
+        "pictures": pictures,
+        "mixing": _mixing(epochs, [stage["first"] for stage in stages[1:]]),
+        "warnings": search.get("warnings") or (),
+    }
+
+
+def _mixing(epochs: Sequence[Data], firsts: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
+    """Heat maps of the mixing weights of each kind of cell: over the epochs, and by edge at the end."""
+    rows = [row for row in epochs if row.get("mixing_weights")]
+    if not rows:
+        return {"epochs": [], "edges": []}
+    last = rows[-1]["mixing_weights"]
+    names = [str(row["epoch"]) for row in rows]
+    places = [place for place, row in enumerate(rows) if row["epoch"] in firsts]
+    over = {
+        kind: {name: [_mean(row["mixing_weights"][kind][name]) for row in rows] for name in operations}
+        for kind, operations in last.items()
+    }
+    pictures: dict[str, list[dict[str, Any]]] = {"epochs": [], "edges": []}
+    for kind, operations in last.items():
+        picture = heat_map(
+            f"Mixing weights of the {kind} cell over the epochs", over[kind], names, span_of([*over.values()]),
+            axis="epoch", boundaries=places,
+        )  # fmt: skip
+        pictures["epochs"].append({"caption": f"{kind} cell, mean over its edges", "picture": Markup(picture)})
+        edges = [f"{source}→{target}" for source, target in supernet_edges(len(next(iter(operations.values()))))]
+        picture = heat_map(
+            f"Mixing weights of the {kind} cell at the end", operations, edges, span_of([*last.values()]), axis="edge"
+        )
+        pictures["edges"].append({"caption": f"{kind} cell, edges at the end", "picture": Markup(picture)})
+    return pictures
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _line(rows: Sequence[Data], name: str, key: str, colour: int, dash: int, width: float = 1.8) -> Series:
@@ -297,6 +377,45 @@ def _overfitting(models: Sequence[Data]) -> dict[str, Any]:
             gaps.append({"model": name, "gap": records[-1]["robust_overfitting"]})
         warnings += [f"{name}: {warning}" for record in records for warning in record.get("warnings") or ()]
     return {"gaps": gaps, "warnings": warnings}
+
+
+def _compression(models: Sequence[Data], speed: Data | None) -> dict[str, Any] | None:
+    """The searched network beside what compression made of it, line by line, and how fast they are in words."""
+    found = {model.get("role"): model for model in reversed(models)}
+    if not {"searched", "compressed"} <= found.keys():
+        return None
+    pair = (found["searched"], found["compressed"])
+    lines: list[tuple[str, list[str], str]] = []
+
+    def add(name: str, values: Sequence[float | None], show: Callable[[Any], str], change: str = "share") -> None:
+        if None in values:
+            return
+        before, after = (float(value or 0) for value in values)
+        told = change
+        if change == "share":
+            told = percent(after / before) if before else ABSENT
+        elif change == "points":
+            told = f"{100 * (after - before):+.1f} points".replace("-", "\N{MINUS SIGN}")
+        lines.append((name, [show(value) for value in values], told))
+
+    add("Parameters", [model.get("parameters") for model in pair], count)
+    add("Non-zero parameters", [model.get("nonzero") for model in pair], count)
+    for key, name in (("dense", "Bytes stored"), ("sparse", "Bytes stored, zeros left out")):
+        add(name, [(model.get("bytes") or {}).get(key) for model in pair], count)
+    add("MACs for one image", [model.get("macs") for model in pair], quantity)
+    add("Natural accuracy", [model.get("natural") for model in pair], percent, "points")
+    add("Worst case", [model.get("worst_case") for model in pair], percent, "points")
+    for engine, timed in ((speed or {}).get("engines") or {}).items():
+        for batch, row in timed["batches"].items():
+            if {"searched", "compressed"} <= row.keys():
+                rates = [row[name]["images_per_second"] for name in ("searched", "compressed")]
+                # Not the ratio of the medians: the networks took turns, and what is meant is the ratio within a turn.
+                speed_up = f"{row['compressed']['speed']:.2f} times as fast"
+                add(f"Images per second, {engine}, batch {batch}", rates, quantity, speed_up)
+    measured = (
+        f"Speed measured on {speed['device']}, threads: {speed['threads']}; the networks took turns." if speed else ""
+    )
+    return {"lines": lines, "speed": speed_lines(speed) if speed else [], "measured": measured}
 
 
 def _attacks(models: Sequence[Data]) -> list[dict[str, str]]:

@@ -35,7 +35,8 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
         return ["No searched network was evaluated: nothing can be said about the search."]
     lines = [
         _against_random(searched, [model for model in models if model.get("role") == "random"]),
-        _against_plain(searched, _first(models, "plain")),
+        _against(searched, _first(models, "plain"), "the plain baseline"),
+        *(_against(searched, model, str(model.get("name"))) for model in models if model.get("role") == "published"),
         *(_compression(searched, model) for model in models if model.get("role") == "compressed"),
     ]
     return lines + _doubts(results)
@@ -64,25 +65,22 @@ def _against_random(searched: Model, randoms: Sequence[Model]) -> str:
     mean = _mean(theirs)
     line = f"{_outcome(mine, mean)} {cells}{size}: {_worst_case(mine)} against {_group(theirs)}, "
     line += f"{_difference(mine, mean)}."
-    as_good = sum(other.value >= mine.value for other in theirs)
-    line += f" {as_good} of {len(theirs)} random cells {'is' if as_good == 1 else 'are'} at least as robust."
     mine, theirs = score(searched, "natural"), _scores(randoms, "natural")
-    if mine is not None and theirs:
-        line += f" Natural accuracy {_percent(mine.value)} against {_group(theirs)}, "
-        line += f"{_difference(mine, _mean(theirs))}."
-    return line
+    return line + _natural(mine, _mean(theirs) if theirs else None)
 
 
-def _against_plain(searched: Model, plain: Model | None) -> str:
-    if plain is None:
-        return "No plain baseline was evaluated."
-    size = _sizes(searched, [plain])
-    mine, theirs = score(searched, "worst_case"), score(plain, "worst_case")
+def _against(searched: Model, other: Model | None, name: str) -> str:
+    """Against one other network, called ``name``."""
+    if other is None:
+        return f"No {name.removeprefix('the ')} was evaluated."
+    size = _sizes(searched, [other])
+    mine, theirs = score(searched, "worst_case"), score(other, "worst_case")
     if mine is None or theirs is None:
-        return f"Against the plain baseline{size}: the worst case was not measured on both sides."
+        return f"Against {name}{size}: the worst case was not measured on both sides."
+    natural = _natural(score(searched, "natural"), score(other, "natural"))
     return (
-        f"{_outcome(mine, theirs)} the plain baseline{size}: {_worst_case(mine)} against {_percent(theirs.value)}, "
-        f"{_difference(mine, theirs)}.{_natural(searched, plain)}"
+        f"{_outcome(mine, theirs)} {name}{size}: {_worst_case(mine)} against {_percent(theirs.value)}, "
+        f"{_difference(mine, theirs)}.{natural}"
     )
 
 
@@ -94,15 +92,13 @@ def _compression(searched: Model, compressed: Model) -> str:
     mine, theirs = score(compressed, "worst_case"), score(searched, "worst_case")
     if mine is None or theirs is None:
         return f"{line}: the worst case was not measured on both sides."
-    return (
-        f"{line}: {_worst_case(mine)} against {_percent(theirs.value)} before, "
-        f"{_difference(mine, theirs)}.{_natural(compressed, searched)}"
-    )
+    natural = _natural(score(compressed, "natural"), score(searched, "natural"))
+    return f"{line}: {_worst_case(mine)} against {_percent(theirs.value)} before, {_difference(mine, theirs)}.{natural}"
 
 
-def _natural(one: Model, other: Model) -> str:
-    mine, theirs = score(one, "natural"), score(other, "natural")
-    if mine is None or theirs is None:
+def _natural(mine: Score | None, theirs: Score | None) -> str:
+    """Natural accuracies where they differ by more than noise, or where noise cannot be judged."""
+    if mine is None or theirs is None or _within_noise(mine, theirs):
         return ""
     return f" Natural accuracy {_percent(mine.value)} against {_percent(theirs.value)}, {_difference(mine, theirs)}."
 

@@ -456,6 +456,7 @@ def _epoch_record(
         "natural_accuracy": natural / len(judged),
         "robust_accuracy": robust / len(judged),
         "alpha_entropy": monitor.alpha_entropies(mixing),
+        "mixing_weights": {kind: monitor.by_operation(space.operations, table) for kind, table in mixing.items()},
         "parameter_free_edges": {kind: list(pair) for kind, pair in monitor.parameter_free_edges(genotype).items()},
         "genotype": genotype.to_data(),
         "warnings": monitor.collapse_warnings(genotype, epoch),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,12 @@ def entropy(weights: Tensor) -> float:
     """Mean entropy of the mixing weights [edges, operations], as a share of its largest value (0 to 1)."""
     terms = torch.special.entr(weights.detach().double()).sum(1)
     return float(terms.mean() / torch.log(torch.tensor(float(weights.shape[1]))))
+
+
+def by_operation(operations: Sequence[str], weights: Tensor) -> dict[str, list[float]]:
+    """The mixing weights [edges, operations], four decimals of them, by the name of the operation."""
+    columns = weights.detach().cpu().T.tolist()
+    return {name: [round(value, 4) for value in column] for name, column in zip(operations, columns, strict=True)}
 
 
 def parameter_free_edges(genotype: Genotype) -> dict[str, tuple[int, int]]:

@@ -106,3 +106,20 @@ def test_histogram_begins_with_the_most_frequent():
 def test_graphs_need_no_torch():
     code = "import sys, search_spaces.graph; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_longest_path_is_a_path_of_that_length(cell):
+    path = graph.longest_path(cell)
+    assert len(path) == graph.depth(cell)
+    assert path[0][0] in graph.INPUTS
+    assert all(one[2] == other[0] for one, other in itertools.pairwise(path))
+    edges = set(graph.cell_graph(cell).edges(data="operation"))
+    assert all((source, target, operation) in edges for source, operation, target in path)
+
+
+def test_edges_of_a_supernet_are_in_the_order_of_its_mixing_weights():
+    from search_spaces.supernet import edge_row
+
+    for row, (source, target) in enumerate(graph.supernet_edges(20)):
+        assert edge_row(target - 2, source) == row

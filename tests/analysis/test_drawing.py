@@ -10,7 +10,7 @@ import torch
 
 from nas.analysis.drawing import describe_cell, draw_cell, family, operation_label
 from nas.analysis.layered_layout import Sizes, layered_layout
-from search_spaces import darts, dsara
+from search_spaces import darts, dsara, graph
 from search_spaces.catalogue import load_genotype
 from search_spaces.genotype import Cell, Edge
 
@@ -81,7 +81,7 @@ def test_nothing_overlaps(cell):
 def test_everything_stays_inside_the_picture(cell):
     root = ET.fromstring(draw_cell(cell, "cell"))
     _, _, width, height = (float(value) for value in root.get("viewBox").split())
-    (group,) = (one for one in root.iter(f"{SVG}g") if one.get("transform"))
+    group, legend = (one for one in root.iter(f"{SVG}g") if one.get("transform"))
     dx, dy = (float(value) for value in re.findall(r"[\d.]+", group.get("transform")))
     for left, top, right, bottom in boxes(root):
         assert left + dx >= 0
@@ -92,6 +92,10 @@ def test_everything_stays_inside_the_picture(cell):
         for x, y in points(path.get("d")):
             assert 0 <= x + dx <= width
             assert 0 <= y + dy <= height
+    below = float(re.findall(r"[\d.]+", legend.get("transform"))[1])
+    assert below >= dy + max(bottom for *_, bottom in boxes(root))
+    assert all(below + float(text.get("y")) <= height for text in legend.iter(f"{SVG}text"))
+    assert all(dx + float(line.get("x2")) + 60 <= width for line in legend.iter(f"{SVG}line"))
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -171,3 +175,23 @@ def test_inputs_left_output_right_and_depth_from_left_to_right():
 )
 def test_labels_and_families(operation, label, kind):
     assert (operation_label(operation), family(operation)) == (label, kind)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_longest_path_stands_out_and_is_in_the_legend(cell):
+    root = ET.fromstring(draw_cell(cell, "cell"))
+    edges = [group for group in root.iter(f"{SVG}g") if "cell-edge" in group.get("class", "")]
+    marked = [edge.find(f"{SVG}title").text for edge in edges if "cell-longest" in edge.get("class")]
+    assert len(marked) == graph.depth(cell)
+    way = sorted((int(name.split(" ")[0]), int(name.split(" ")[2].rstrip(":"))) for name in marked)
+    assert way[0][0] in graph.INPUTS
+    assert all(one[1] == other[0] for one, other in itertools.pairwise(way))
+    (words,) = (text.text for text in root.iter(f"{SVG}text") if text.text.startswith("longest path"))
+    assert words.startswith(f"longest path, {graph.depth(cell)} operation")
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_legend_names_the_families_that_occur(cell):
+    keys = [one.get("class") for one in ET.fromstring(draw_cell(cell, "cell")).iter(f"{SVG}g")]
+    named = {one.split("cell-")[-1] for one in keys if one and one.startswith("cell-key")}
+    assert named == {"longest", "concat"} | {family(edge.operation) for node in cell.nodes for edge in node}

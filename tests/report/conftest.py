@@ -36,6 +36,7 @@ def model(name, role, worst, natural, parameters, *, nonzero=None, genotype=None
         "parameters": parameters,
         "nonzero": nonzero if nonzero is not None else parameters,
         "macs": 61 * parameters,
+        "bytes": {"dense": 4 * parameters, "sparse": 2 * parameters},
         "n": 360,
         "natural": natural,
         "attacks": {"fgsm": worst + 0.04, "pgd": worst + 0.011, "apgd_dlr": worst + 0.003, "square": worst + 0.028},
@@ -62,6 +63,17 @@ def model(name, role, worst, natural, parameters, *, nonzero=None, genotype=None
     return found
 
 
+def mixing(epoch):
+    """The weights of three operations on the five edges of a cell of two nodes."""
+    more = 0.008 * epoch
+    return {"skip_connect": [1 / 3 - more] * 5, "sep_conv_3x3": [1 / 3 + more] * 5, "max_pool_3x3": [1 / 3] * 5}
+
+
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+)
+
+
 def epoch_row(epoch):
     adversarial_only = epoch < 8
     return {
@@ -73,6 +85,7 @@ def epoch_row(epoch):
         "natural_accuracy": 0.98 - 0.85 * math.exp(-epoch / 4),
         "robust_accuracy": 0.86 - 0.75 * math.exp(-epoch / 6) + 0.01 * math.sin(epoch),
         "gamma": None if adversarial_only else 0.35 + 0.15 * math.sin(epoch),
+        "mixing_weights": {kind: mixing(epoch) for kind in ("accurate", "reduction", "robust")},
         "alpha_entropy": {"accurate": 1.945 - 0.01 * epoch, "reduction": 1.945 - 0.006 * epoch, "robust": 1.9},
         "parameter_free_edges": {"accurate": [6 + epoch // 7, 14], "reduction": [5, 14], "robust": [1, 14]},
     }
@@ -128,6 +141,28 @@ def complete_results():
             plain,
         ],
         "export": [{"file": "model.onnx", "difference": 1.2e-6}, {"file": "architecture.json", "difference": None}],
+        "throughput": {
+            "device": "cpu",
+            "threads": 2,
+            "engines": {
+                "eager": {
+                    "batches": {
+                        "64": {
+                            "searched": {"images_per_second": 5630.0, "speed": 1.0},
+                            "compressed": {"images_per_second": 5660.0, "speed": 1.01},
+                        }
+                    }
+                }
+            },
+        },
+        "gallery": {
+            "looked_at": 32,
+            "fallen": 1,
+            "pairs": [
+                dict.fromkeys(("clean", "change", "adversarial"), PIXEL)
+                | {"label": "3", "seen": "8", "broken": True, "scale": 0.1}
+            ],
+        },
         "environment": {"python": "3.11.7", "torch": "2.15.0", "processor": "2 cores", "platform": "Linux-6.1-x86_64"},
         "timing": {"search": 412.3, "train": 1803.0, "compress": 95.1, "evaluate": 7391.8},
     }

@@ -1,7 +1,9 @@
 """The report: complete, escaped, self-contained, the same every time, and content with missing parts."""
 
 import copy
+import html
 import itertools
+import json
 import re
 from html.parser import HTMLParser
 
@@ -67,8 +69,8 @@ def test_all_parts_are_shown(page, outline, complete_results):
     assert "not run" not in page
     headings = [text for text in outline.texts["h2"] if text]
     assert headings == [
-        *("Verdict", "Models", "Masking checks", "Architecture", "Search", "Retraining", "Size", "Export"),
-        "How it was made",
+        *("Verdict", "Models", "Masking checks", "Architecture", "Search", "Retraining", "Dense against compressed"),
+        *("Adversarial images", "Size", "Export", "How it was made"),
     ]
     for model in complete_results["models"]:
         assert f"{100 * model['worst_case']:.1f}%" in page
@@ -84,6 +86,8 @@ def test_all_parts_are_shown(page, outline, complete_results):
     assert "2 h 03 min" in page
     pictures = [attributes["aria-label"] for attributes in outline.tags("svg") if "aria-label" in attributes]
     assert len(pictures) == 1 + 5 + 3
+    # Each kind of cell over the epochs and by edge.
+    assert page.count('class="heat"') == 3 + 3
     # The cells of the searched network and of the five random ones.
     assert page.count('class="cell-drawing"') == 3 + 5 * 3
 
@@ -119,7 +123,8 @@ def test_structure(outline):
 def test_self_contained(page, outline):
     assert "http://" not in page
     assert "https://" not in page
-    assert not re.search(r"\bsrc=|@import|<link|<script|<iframe|<object", page)
+    assert all(image["src"].startswith("data:image/png;base64,") for image in outline.tags("img"))
+    assert not re.search(r"@import|<link|<script|<iframe|<object", page)
     assert all(url.startswith("#") for url in re.findall(r"url\(([^)]*)\)", page))
     for _, attributes in outline.elements:
         assert (attributes.get("href") or attributes.get("xlink:href") or "#").startswith("#")
@@ -158,9 +163,11 @@ def test_hostile_names_are_escaped(results, tmp_path):
     results["timing"] = {HOSTILE: 1.0}
     results["export"] = [{"file": HOSTILE, "difference": 0.0}]
     results["search"]["warnings"] = [HOSTILE]
+    results["gallery"]["pairs"][0].update(label=HOSTILE, seen=HOSTILE)
+    results["recipe_text"] = HOSTILE
     results["search"]["epochs"] = results["search"]["epochs"][:2]
     for row in results["search"]["epochs"]:
-        row.update(stage=HOSTILE, alpha_entropy={HOSTILE: 1.0})
+        row.update(stage=HOSTILE, alpha_entropy={HOSTILE: 1.0}, mixing_weights={HOSTILE: {HOSTILE: [0.5], "b": [0.5]}})
     results["genotype"]["space"] = HOSTILE[:60]
     results["analysis"]["topology"][0].update(kind=HOSTILE, operations={HOSTILE: 1})
     results["analysis"]["complexity"]["sections"][0]["name"] = HOSTILE
@@ -176,7 +183,7 @@ def test_hostile_names_are_escaped(results, tmp_path):
     page = path.read_text(encoding="utf-8")
     outline = Outline(page)
     assert not outline.tags("script")
-    assert not outline.tags("img")
+    assert all(image["src"].startswith("data:image/png;base64,") for image in outline.tags("img"))
     assert not any(name.startswith("on") for _, attributes in outline.elements for name in attributes)
     assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;" in page
     assert "{{ 7*7 }}" in page
@@ -185,10 +192,22 @@ def test_hostile_names_are_escaped(results, tmp_path):
     assert "▲ warn" in page
 
 
-PARTS = ("name", "command", "seed", "threat_model", "data", "verdict", "genotype", "analysis", "models", "export")
+PARTS = (
+    "name",
+    "command",
+    "seed",
+    "threat_model",
+    "data",
+    "verdict",
+    "genotype",
+    "analysis",
+    "models",
+    "export",
+    "gallery",
+)
 
 
-@pytest.mark.parametrize("part", [*PARTS, "schema", "environment", "timing"])
+@pytest.mark.parametrize("part", [*PARTS, "schema", "environment", "timing", "throughput"])
 def test_any_part_may_be_missing(quick, part):
     quick.pop(part, None)
     Outline(render(quick))
@@ -207,7 +226,7 @@ def test_any_entry_of_a_part_may_be_missing(quick):
 
 def test_what_is_missing_is_said(quick):
     page = render({})
-    assert page.count("not run") >= 10
+    assert page.count("not run") >= 11
     assert "No searched network was evaluated" in page
     Outline(page)
     page = render(quick)
@@ -273,3 +292,57 @@ def test_retraining_tells_what_was_lost_after_the_best_epoch(quick):
     assert f"3.4 points ({first['name']}); 0.0 points ({second['name']})." in page
     assert f"▲ warning</span> {second['name']}: epoch 3: &lt;collapse&gt;" in page
     Outline(page)
+
+
+def test_dense_against_compressed(quick):
+    page = render(quick)
+    table = page[page.index("before and after compression") : page.index("Adversarial images</h2>")]
+    lines = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line) for line in table.split("<tr>")]
+    rows = {line[0]: line[1:] for line in lines if line}
+    assert rows["Non-zero parameters"] == ["50,418", "21,007", "41.7%"]
+    assert rows["Bytes stored, zeros left out"] == ["100,836", "100,836", "100.0%"]
+    assert rows["Worst case"] == ["90.3%", "89.7%", "\N{MINUS SIGN}0.6 points"]
+    speeds = ["5.63\N{NO-BREAK SPACE}k", "5.66\N{NO-BREAK SPACE}k", "1.01 times as fast"]
+    assert rows["Images per second, eager, batch 64"] == speeds
+    assert "compressed, batch 64, eager: no speed-up (1.01 times as fast as searched)." in table
+    del quick["models"][1]
+    assert "No compressed network was evaluated." in render(quick)
+
+
+def test_images_that_are_not_inside_the_page_are_left_out(quick):
+    assert render(quick).count("<img ") == 3
+    quick["gallery"]["pairs"][0]["change"] = "https://e.example/track.png"
+    page = render(quick)
+    assert "<img " not in page
+    assert "e.example" not in page
+
+
+def test_what_does_not_pass_is_told_outside_the_folded_list(quick):
+    page = render(quick)
+    told = page[page.index('id="checks"') : page.index("<summary>What every check found")]
+    assert "plain, a larger epsilon lowers accuracy to chance: at epsilon 0.5 accuracy is still 31%" in told
+    assert "searched, transfer from another network: the transfer attack is 0.4 points stronger" in told
+
+
+def test_mixing_weights_need_not_have_been_recorded(results):
+    """Runs from before they were."""
+    results["models"] = []
+    for row in results["search"]["epochs"]:
+        del row["mixing_weights"]
+    assert "Mixing weights" not in render(results)
+
+
+def test_files_to_save_first_are_named(quick):
+    assert "Save the recipe" not in render(quick)
+    quick.update(command="nas train recipe.toml --genotype genotype.json", recipe_text="name = 'x'")
+    page = render(quick)
+    assert "Save the recipe below as <code>recipe.toml</code>" in page
+    assert "Save the genotype below as <code>genotype.json</code>" in page
+    assert "name = &#39;x&#39;" in page
+
+
+def test_the_genotype_can_be_copied(quick):
+    page = render(quick)
+    text = re.search(r"to train it elsewhere</summary>\n<pre[^>]*><code>(.*?)</code>", page, flags=re.DOTALL)
+    assert json.loads(html.unescape(text[1])) == quick["genotype"]
+    assert text[1].count("\n") < 15

@@ -79,7 +79,7 @@ def test_a_run_leaves_what_it_promises_and_nothing_else(finished_run: Path) -> N
         expected |= {str(folder / name) for name in trained}
         expected.add(f"evaluate/{network}/progress.safetensors")
     expected |= {f"{folder}/{name}" for folder in ("export", "export/compressed") for name in exported}
-    expected |= {"compress/step.json", "report/throughput.json"}
+    expected |= {"compress/step.json", "report/throughput.json", "report/gallery.json", "report/events"}
     files = [path.relative_to(finished_run) for path in finished_run.rglob("*") if path.is_file()]
     found = {str(path.with_name("events") if path.name.startswith("events.") else path) for path in files}
     assert found == expected

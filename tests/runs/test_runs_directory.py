@@ -20,7 +20,8 @@ import pytest
 import nas.tensor_file
 from nas.errors import InputError
 from runs.directory import create, default_path, flatten, open_run
-from runs.metrics import MetricsLog
+from runs.metrics import MetricsLog, log_outcome
+from search_spaces.catalogue import load_genotype
 
 TABLE = {"name": "x", "seed": 1, "data": {"name": "digits"}, "list": [{"a": 1}]}
 
@@ -205,7 +206,7 @@ def lines(folder: Path) -> list[Any]:
 
 def test_restore_drops_what_the_checkpoint_does_not_know(tmp_path: Path) -> None:
     records: list[dict[str, Any]] = [{"epoch": epoch, "loss": 1 / (epoch + 3), "b": {"x": 0.1}} for epoch in range(4)]
-    with MetricsLog(tmp_path) as metrics:
+    with MetricsLog(tmp_path, "search") as metrics:
         metrics.restore([])
         for record in records:
             metrics.log(record)
@@ -213,7 +214,7 @@ def test_restore_drops_what_the_checkpoint_does_not_know(tmp_path: Path) -> None
     # Killed while the fifth line was written; the checkpoint knows two epochs.
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 4, "lo')
-    with MetricsLog(tmp_path) as metrics:
+    with MetricsLog(tmp_path, "search") as metrics:
         metrics.restore(records[:2])
         assert lines(tmp_path) == records[:2]
         metrics.log(records[2])
@@ -222,12 +223,71 @@ def test_restore_drops_what_the_checkpoint_does_not_know(tmp_path: Path) -> None
 
 def test_restore_writes_lines_that_were_lost(tmp_path: Path) -> None:
     """The checkpoint reaches the disk before the file of lines need to."""
-    with MetricsLog(tmp_path) as metrics:
+    with MetricsLog(tmp_path, "search") as metrics:
         metrics.restore([{"epoch": 0, "loss": 0.5}])
     assert lines(tmp_path) == [{"epoch": 0, "loss": 0.5}]
 
 
 def test_a_log_that_never_began_closes(tmp_path: Path) -> None:
-    with MetricsLog(tmp_path):
+    with MetricsLog(tmp_path, "search"):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def recorded(folder: Path) -> tuple[dict[str, list[tuple[int, float]]], dict[str, list[int]]]:
+    """What TensorBoard reads of a folder: the points of each number, and the steps of each picture."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
+    tags = events.Tags()
+    scalars = {tag: [(event.step, round(event.value, 4)) for event in events.Scalars(tag)] for tag in tags["scalars"]}
+    return scalars, {tag: [event.step for event in events.Images(tag)] for tag in tags["images"]}
+
+
+def searched(epoch: int) -> dict[str, Any]:
+    """A record of a search whose accurate cell changes in epoch 2 only."""
+    genotype = load_genotype("arnas").to_data()
+    if epoch < 2:
+        genotype["cells"]["accurate"] = genotype["cells"]["robust"]
+    weights = {"skip_connect": [0.5] * 5, "sep_conv_3x3": [0.5] * 5}
+    return {"epoch": epoch, "gamma": epoch / 8, "free": {"robust": [1, 4]}, "genotype": genotype,
+            "mixing_weights": {"robust": weights}}  # fmt: skip
+
+
+def test_events_are_neither_doubled_nor_lost(tmp_path: Path) -> None:
+    """Killed twice: before any checkpoint, and once when it knows two of three epochs."""
+    for known, until in ((0, 1), (0, 3), (2, 4)):
+        # A process that is killed does not close its log.
+        metrics = MetricsLog(tmp_path, "search")
+        metrics.restore([searched(epoch) for epoch in range(known)])
+        for epoch in range(known, until):
+            metrics.log(searched(epoch))
+    scalars, images = recorded(tmp_path)
+    assert scalars == {
+        "search/gamma": [(epoch, epoch / 8) for epoch in range(4)],
+        "search free/robust": [(epoch, 0.25) for epoch in range(4)],
+    }
+    assert images["search mixing weights/robust"] == [0, 1, 2, 3]
+    # A cell is drawn when it is another than in the epoch before.
+    assert images["search cell/accurate"] == [0, 2]
+    assert images["search cell/robust"] == [0]
+
+
+def test_an_epoch_is_shown_as_soon_as_it_is_logged(tmp_path: Path) -> None:
+    """A process that is killed loses nothing that its checkpoint may know, and TensorBoard follows a search."""
+    with MetricsLog(tmp_path, "train") as metrics:
+        metrics.restore([])
+        for epoch in range(3):
+            metrics.log({"epoch": epoch, "loss": 0.5})
+            assert recorded(tmp_path)[0] == {"train/loss": [(one, 0.5) for one in range(epoch + 1)]}
+
+
+def test_the_outcome_is_a_row_of_hyperparameters(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for _ in range(2):
+        log_outcome(tmp_path, {"seed": 3, "train.widths": [1, 2]}, {"worst case": 0.5, "natural": None})
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert recorded(tmp_path)[0] == {"whole run/worst case": [(0, 0.5)]}
+    metadata = EventAccumulator(str(tmp_path)).Reload().SummaryMetadata("_hparams_/session_start_info")
+    assert b"train.widths" in metadata.plugin_data.content
