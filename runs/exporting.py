@@ -19,6 +19,7 @@ from nas.export.parity import Attacks, check_exports
 from nas.model_file import ModelSpec, load_model, weights_digest
 from nas.threat_model import ThreatModel
 from runs.directory import flatten, make_folder, read_json
+from runs.reproduction import command_of
 
 if TYPE_CHECKING:
     from runs.tasks import Context
@@ -67,7 +68,7 @@ def card_of(
         recipe=flatten(run.table),
         seconds={str(path.parent.relative_to(run.path)): read_json(path)["seconds"] for path in paths},
         evaluations=found,
-        commands=[f"nas {run.command} {run.table.get('name', 'recipe.toml')}"],
+        commands=[command_of(run)],
         environment=read_json(run.path / "environment.json"),
     )
     return write_card(spec, about, files, folder)
