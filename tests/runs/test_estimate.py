@@ -110,6 +110,7 @@ def test_files_that_are_not_there_are_named_instead_of_a_time(tmp_path: Path, mo
     assert timing.estimate is None and "data/mnist.npz" in timing.note
 
 
+@pytest.mark.slow
 def test_the_number_of_threads_is_as_it_was() -> None:
     before = torch.get_num_threads()
     estimate(recipe("threads=2"), Digits()().limited(100, 20, 0))
