@@ -242,7 +242,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> FittedAiGan:
 
 
 class Generator(nn.Module):
-    """Directions in [-1, 1] [N, C, H, W] for images and target classes [N].
+    """Directions of shape (N, C, H, W), in -1 to 1, for images and target classes [N].
 
     Encoder, residual blocks at a quarter of the resolution, decoder with the encoder's maps beside its own; any size of
     image. Every stage is told the class.
