@@ -102,7 +102,7 @@ FORMATS: dict[str, Format] = {
     "onnx": Format(("network.onnx",), write_onnx, weights=("network.onnx",), meaningful=False),
     "pt2": Format(("network.pt2",), write_program, weights=("network.pt2",), meaningful=False),
     "robustbench": Format(("robustbench_model.py",), write_robustbench, meaningful=False),
-    "timm": Format(("timm_model.py",), write_timm, meaningful=False),
+    "timm": Format(("timm_model.py",), write_timm),
     "graphml": Format(("architecture.graphml",), write_graphml),
     "dot": Format(("architecture.dot",), write_dot),
     "svg": Format(("architecture.svg",), write_svg),
