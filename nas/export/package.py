@@ -26,7 +26,8 @@ class ExportedFile:
 
     difference, adversarial: largest difference of its logits from the model's after reloading it, on images as they are
     and on adversarial ones. gradient: difference of its loss's gradients by adversarial images from the model's, as a
-    share of these. None where that was not checked, or where the format holds no weights or has no gradients.
+    share of these. moved: share of the pixels in which adversarial images made from its own gradients differ from the
+    model's. None where that was not checked, or where the format holds no weights or has no gradients.
     """
 
     file: str
@@ -34,6 +35,7 @@ class ExportedFile:
     difference: float | None = None
     adversarial: float | None = None
     gradient: float | None = None
+    moved: float | None = None
 
 
 @dataclass(frozen=True)

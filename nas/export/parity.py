@@ -40,6 +40,13 @@ GRADIENT = 1e-3
 An activation that rounding moves over its kink turns single entries.
 """
 
+MOVED = 0.01
+"""Largest share of pixels that an attack by a file's own gradients may move elsewhere than one by the model's.
+
+Pixels whose gradient is at most ``GRADIENT`` of the norm of their image's do not count: their sign is a matter of
+rounding. An activation that rounding moves over its kink may turn a few others.
+"""
+
 TIMEOUT = 600
 """Seconds after which the process that reloads the exports is given up."""
 
@@ -67,11 +74,11 @@ def check_exports(
 
     inputs: pixels [N, C, H, W]; attack: makes adversarial images of them, on which files are compared as well: a
     network that agrees on clean images only would be more or less robust than the one exported. Where a format has
-    gradients they are compared on the adversarial images: what cannot be attacked would look robust. One child process
-    reloads all formats on the CPU; it is isolated from this project until the source file has been run. Raises
-    ``ExportMismatch`` where logits differ by more than ``TOLERANCE`` or gradients by more than ``GRADIENT``, or where
-    classes, genotype or specification are others than those of ``spec``, and ``InputError`` where there is nothing to
-    check.
+    gradients they are compared on the adversarial images, and adversarial images are made again from those of the clean
+    ones: what cannot be attacked would look robust. One child process reloads all formats on the CPU; it is isolated
+    from this project until the source file has been run. Raises ``ExportMismatch`` where logits differ by more than
+    ``TOLERANCE``, gradients by more than ``GRADIENT`` or images made again in more than ``MOVED``, or where classes,
+    genotype or specification are others than those of ``spec``, and ``InputError`` where there is nothing to check.
     """
     formats = [
         name
@@ -99,10 +106,11 @@ def check_exports(
             _difference(f"{files[0]}{where}", found[name][part], expected[part], rounds=rounds) if found[name] else None
             for part, where in (("clean", ""), ("adversarial", ", on adversarial images,"))
         )
-        gradient = None
+        gradient = moved = None
         if name in reload.DIFFERENTIABLE and "gradient" in expected:
             gradient = _gradient_difference(files[0], found[name].get("gradient"), expected["gradient"])
-        checked += [ExportedFile(file, name, on_clean, on_adversarial, gradient) for file in files]
+            moved = _moved(files[0], found[name].get("remade"), expected)
+        checked += [ExportedFile(file, name, on_clean, on_adversarial, gradient, moved) for file in files]
     return checked
 
 
@@ -167,6 +175,22 @@ def _gradient_difference(file: str, gradient: Tensor | None, expected: Tensor) -
         )
         raise ExportMismatch(file, message, difference)
     return difference
+
+
+def _moved(file: str, remade: Tensor | None, expected: dict[str, Tensor]) -> float:
+    """The share of pixels that adversarial images made by the file and by the model move to different values."""
+    gradient = expected["gradient_clean"].flatten(1).abs()
+    counts = gradient > GRADIENT * gradient.norm(dim=1, keepdim=True)
+    if remade is None:
+        raise ExportMismatch(file, "has no gradients on clean images, where attacks start: it would look robust")
+    elsewhere = (remade - expected["remade"]).flatten(1).abs() > reload.RADIUS / 2
+    moved = float((elsewhere & counts).sum() / counts.sum().clamp(min=1))
+    if not moved <= MOVED:
+        message = (
+            f"gives other adversarial images than the model: {moved:.1%} of the pixels differ, more than {MOVED:.0%}"
+        )
+        raise ExportMismatch(file, message)
+    return moved
 
 
 Found = dict[str, dict[str, Tensor]]

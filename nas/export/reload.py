@@ -168,21 +168,32 @@ DIFFERENTIABLE = ("py", "pt2", "robustbench", "timm", "safetensors")
 """Formats through which gradients flow: attacks are carried out on them."""
 
 
-def answers(network: Network, images: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The logits of ``network`` for clean and adversarial images, and, where it has gradients, those of its loss.
+RADIUS = 8 / 255
+"""Of the step by which adversarial images are made again from a format's own gradients."""
 
-    The loss is cross-entropy against what the network says of the clean images, the gradients by the adversarial ones.
+
+def answers(network: Network, images: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The logits of ``network`` for clean and adversarial images, and what attacks would see where it has gradients.
+
+    The loss is cross-entropy against what the network says of the clean images. "gradient": that of the adversarial
+    images. "gradient_clean": that of the clean ones, where an attack starts; "remade": adversarial images made from it
+    by one step of ``RADIUS`` along its signs.
     """
     with torch.no_grad():
         clean = network(images["clean"])
-    x = images["adversarial"].clone().requires_grad_()
-    adversarial = network(x)
-    found = {"clean": clean, "adversarial": adversarial.detach()}
-    if adversarial.requires_grad:
-        loss = torch.nn.functional.cross_entropy(adversarial, clean.argmax(1), reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, x, allow_unused=True)
-        if gradient is not None:
-            found["gradient"] = gradient
+    labels = clean.argmax(1)
+    found = {"clean": clean}
+    for name, key in (("adversarial", "gradient"), ("clean", "gradient_clean")):
+        x = images[name].clone().requires_grad_()
+        logits = network(x)
+        found.setdefault(name, logits.detach())
+        if logits.requires_grad:
+            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, x, allow_unused=True)
+            if gradient is not None:
+                found[key] = gradient
+    if "gradient_clean" in found:
+        found["remade"] = (images["clean"] + RADIUS * found["gradient_clean"].sign()).clamp(0, 1)
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 

@@ -17,6 +17,9 @@ from nas.export.parity import ExportMismatch, check_exports
 from nas.export.reload import answers
 from search_spaces.genotype import read_genotype
 
+AS_THEY_ARE = "((255 * x - (255 * x).round()).abs() < 1e-3).flatten(1).all(1)[:, None, None, None]"
+"""Which images hold multiples of 1/255 only."""
+
 
 def test_every_format_writes_its_files_and_nothing_else(arnas, tmp_path):
     folder = tmp_path / "new" / "export"
@@ -41,10 +44,11 @@ def test_fresh_process_gives_the_same_logits(pruned, tmp_path, attack):
     assert [(file.file, file.format) for file in checked] == [(file.file, file.format) for file in files]
     for file in checked:
         if file.format in ("json", "graphml", "dot", "svg"):
-            assert file.difference is file.adversarial is file.gradient is None
+            assert file.difference is file.adversarial is file.gradient is file.moved is None
         else:
             assert file.difference <= 1e-5 and file.adversarial <= 1e-5
             assert file.gradient is None if file.format == "onnx" else file.gradient <= 1e-3
+            assert file.moved is None if file.format == "onnx" else file.moved <= 0.001
 
 
 def test_altered_weight_is_found(arnas, tmp_path, attack):
@@ -65,6 +69,10 @@ def test_altered_weight_is_found(arnas, tmp_path, attack):
         ("x = (255 * x).round() / 255", "on adversarial images"),
         ("x = x.detach() + 0 * x", "gradients that differ"),
         ("x = x.detach()", "has no gradients"),
+        # Clean images are where attacks start.
+        (f"x = torch.where({AS_THEY_ARE}, x.detach(), x)", "other adversarial images"),
+        # Clipped outside of the images as they are only.
+        (f"x = torch.where({AS_THEY_ARE}, x, x.clamp(max=0.9))", "on adversarial images"),
     ],
 )
 def test_a_file_that_differs_under_attack_only_is_found(arnas, tmp_path, attack, change, message):

@@ -85,7 +85,8 @@ def test_an_architecture_is_exported_without_weights(arnas, tmp_path, imported, 
     files = export_architecture(arnas.spec, tmp_path, formats, attack)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {file.file for file in files} == {
-        "genotype.json", "network.py", "architecture.graphml", "architecture.dot", "architecture.svg"
+        "genotype.json", "network.py", "timm_model.py",
+        "architecture.graphml", "architecture.dot", "architecture.svg"
     }  # fmt: skip
     assert read_genotype(tmp_path / "genotype.json") == arnas.spec.genotype
     built = imported(tmp_path / "network.py").build()
