@@ -197,7 +197,8 @@ def export(
     to: Annotated[
         str | None,
         typer.Option(
-            help="Formats, separated by commas: json, safetensors, py, onnx, pt2, robustbench, timm, graphml, dot, svg."
+            help="Formats, separated by commas: json, safetensors, py, onnx, pt2, robustbench, timm, graphml, dot, "
+            "svg, card."
         ),
     ] = None,
     model: Annotated[str, typer.Option(help="Network of the run.")] = "searched",
@@ -239,7 +240,7 @@ def export(
             )
         with opened(path) as context:
             folder = out or context.run.path / f"export-{model}"
-            files, card = export_network(context, model, folder, formats)
+            files, beside = export_network(context, model, folder, formats)
     else:
         mean = (0.5,) * (image_channels or 3)
         labels = tuple(str(i) for i in range(classes or 10))
@@ -255,14 +256,15 @@ def export(
         make_folder(folder)
         files = export_architecture(spec, folder, formats, attack_by(ThreatModel()))
     if as_json:
-        print(json.dumps([dataclasses.asdict(file) for file in files]))
+        print(json.dumps([{**dataclasses.asdict(f), "bytes": (folder / f.file).stat().st_size} for f in files]))
         return
     for file in files:
         out_console.print(f"{folder / file.file}{_compared(file)}", highlight=False, markup=False)
     if not trained:
         next_commands(["nas", "train", "cifar10", "--genotype", what])
         return
-    out_console.print(f"{card}  (what it is, how it was made, how robust it was found)", highlight=False, markup=False)
+    for path in beside:
+        out_console.print(f"{path}  (what is known of it)", highlight=False, markup=False)
     if (folder / "network.py").exists():
         next_commands(["python", folder / "network.py", folder / "network.safetensors"])
     else:
@@ -273,6 +275,8 @@ def _compared(file: ExportedFile) -> str:
     if file.difference is None:
         return ""
     gradient = "" if file.gradient is None else f", of gradients {file.gradient:.0e}"
+    if file.moved is not None:
+        gradient += f"; attacked again by its own: {file.moved:.1%} of pixels differ"
     return (
         f"  (reloaded; largest difference of logits {file.difference:.0e}, on adversarial images {file.adversarial:.0e}"
         f"{gradient})"

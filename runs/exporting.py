@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,12 @@ from nas.analysis.complexity import complexity, nonzero_parameters
 from nas.attacks.pgd import Pgd
 from nas.compression.size import stored_size
 from nas.export.card import About, write_card
-from nas.export.package import ExportedFile, check_formats, export_model
+from nas.export.model_info import model_info, write_model_info
+from nas.export.package import CARD_FORMAT, FORMATS, ExportedFile, check_formats, export_model
 from nas.export.parity import Attacks, check_exports
 from nas.model_file import ModelSpec, load_model, weights_digest
+from nas.prediction import networks_in, passes_of
+from nas.report.doubts import guessing, masking
 from nas.threat_model import ThreatModel
 from runs.directory import flatten, make_folder, read_json
 from runs.reproduction import command_of
@@ -40,23 +44,25 @@ def attack_by(threat_model: ThreatModel) -> Attacks:
     return adversarial
 
 
-def card_of(
-    context: Context, name: str, source: Path, spec: ModelSpec, files: Sequence[ExportedFile], folder: Path
-) -> Path:
-    """Write the model card of network ``name`` of a run, trained in ``source``, to ``folder``."""
-    _, model = load_model(source)
+def describe(
+    context: Context, name: str, source: Path, files: Sequence[ExportedFile], folder: Path, commands: Sequence[str] = ()
+) -> list[Path]:
+    """Write what is known of network ``name`` of a run, trained in ``source``, beside its exported ``files``.
+
+    The model card, and what RobustBench's tables say where its loader is among the files. commands: that wrote these.
+    """
+    spec, model = load_model(source)
     size, digest = complexity(spec), weights_digest(model)
-    run, data = context.run, context.data
+    run, data, recipe = context.run, context.data, context.recipe
+    threat: dict[str, Any] = {"norm": recipe.threat_model.norm, "epsilon": recipe.threat_model.epsilon}
     found = []
     for path in sorted(run.path.rglob("result.json")):
         result = read_json(path)
         # Attacks on other weights, an earlier compression of the same name for instance, say nothing of these.
         if isinstance(result, dict) and result.get("digest") == digest and "worst_case" in result:
-            threat = {"norm": context.recipe.threat_model.norm, "epsilon": context.recipe.threat_model.epsilon}
             found.append({"threat_model": threat, **result})
-    paths = sorted(run.path.rglob("timing.json"))
     about = About(
-        name=f"{context.recipe.general.name}: {name}",
+        name=f"{recipe.general.name}: {name}",
         size={
             "parameters": size.parameters,
             "nonzero": nonzero_parameters(model),
@@ -66,18 +72,52 @@ def card_of(
         },
         data={"name": data.name, "train": len(data.y_train), "test": len(data.y_test), "digest": data.digest},
         recipe=flatten(run.table),
-        seconds={str(path.parent.relative_to(run.path)): read_json(path)["seconds"] for path in paths},
+        seconds=_seconds(context, name, source),
         evaluations=found,
-        commands=[command_of(run)],
+        doubts=_doubts(found, len(spec.classes)),
+        commands=[command_of(run), *commands],
         environment=read_json(run.path / "environment.json"),
     )
-    return write_card(spec, about, files, folder)
+    written = [write_card(spec, about, files, folder)]
+    if any(file.format == "robustbench" for file in files):
+        extra, passes = recipe.data.extra is not None, len(networks_in(model)) * passes_of(model)
+        entry = model_info(
+            spec, data=data.name, threat_model=threat, extra=extra, forward_passes=passes, evaluations=found
+        )
+        written.append(write_model_info(spec, entry, threat["norm"], folder))
+    return written
+
+
+def _seconds(context: Context, name: str, source: Path) -> dict[str, float]:
+    """What the search, this network's own tasks and the whole run took."""
+    run = context.run.path
+    taken = {str(path.parent.relative_to(run)): read_json(path)["seconds"] for path in sorted(run.rglob("timing.json"))}
+    own = ("search", *([str(source.relative_to(run))] if source.is_relative_to(run) else []), f"evaluate/{name}")
+    return {**{task: taken[task] for task in own if task in taken}, f"all {len(taken)} tasks": sum(taken.values())}
+
+
+def _doubts(found: Sequence[dict[str, Any]], classes: int) -> list[str]:
+    """Reasons not to believe what attacks found of one network."""
+    if not found:
+        return []
+    smallest = min(found, key=lambda result: int(result["n"]))
+    failed = dict.fromkeys(
+        check["name"] for result in found for check in result["checks"] if check["verdict"] == "fail"
+    )
+    return [
+        *guessing({"it": smallest["natural"]}, smallest["n"], classes),
+        *masking({"it": list(failed)} if failed else {}),
+    ]
 
 
 def export_network(
     context: Context, name: str, folder: Path, formats: Sequence[str]
-) -> tuple[list[ExportedFile], Path]:
-    """Export network ``name`` of a finished run to ``folder``: the files, compared, and the model card."""
+) -> tuple[list[ExportedFile], list[Path]]:
+    """Export network ``name`` of a finished run to ``folder``: the files, compared, and what tells of them.
+
+    A model card is always written; with the format "card" alone nothing else is, and it tells of the files that lie
+    there.
+    """
     from runs.finished import network_folder
     from runs.tasks import model_folder
 
@@ -85,15 +125,19 @@ def export_network(
     source = network_folder(model_folder(context.run, name), context.run.path, name)
     spec, network = load_model(source)
     make_folder(folder)
-    files = export_into(context, spec, network, folder, formats)
-    return files, card_of(context, name, source, spec, files, folder)
+    files = export_into(context, spec, network, folder, [each for each in formats if each != CARD_FORMAT])
+    command = shlex.join(["nas", "export", str(context.run.path), "--model", name, "--to", ",".join(formats)])
+    return files, describe(context, name, source, files, folder, [command])
 
 
 def export_into(
     context: Context, spec: ModelSpec, model: nn.Module, folder: Path, formats: Sequence[str]
 ) -> list[ExportedFile]:
-    """Write a trained network of a run to ``folder`` in each of ``formats``, and compare what was written."""
-    export_model(spec, model, folder, formats)
+    """Write a trained network of a run to ``folder`` in each of ``formats``, and compare all that is there then."""
+    if formats:
+        export_model(spec, model, folder, formats)
+    elif not any((folder / file).exists() for entry in FORMATS.values() for file in entry.files):
+        return []
     # The test set is for the final evaluation only: exports are compared on held-out training images.
     rows = context.split.validation[:COMPARED].to(context.data.x_train.device)
     inputs = (context.data.x_train[rows].float() / 255).cpu()

@@ -53,7 +53,7 @@ from nas.training.standard import Standard
 from nas.training.weight_perturbation import WeightPerturbation
 from runs.compress_part import PARENT, CompressPart, Step
 from runs.directory import RunDirectory, flatten, read_json, write_json
-from runs.exporting import card_of, export_into
+from runs.exporting import describe, export_into
 from runs.judging import Bench, judge
 from runs.metrics import MetricsLog, log_outcome
 from runs.recipe import Recipe, SearchPart
@@ -539,8 +539,7 @@ def _report(context: Context) -> dict[str, Any]:
     for name, folder in (("searched", run.path / "export"), ("compressed", run.path / "export/compressed")):
         files = [entry for entry in results["export"] if (run.path / entry["file"]).parent == folder]
         if files:
-            spec, _ = load_model(model_folder(run, name))
-            card_of(context, name, model_folder(run, name), spec, [ExportedFile(**entry) for entry in files], folder)
+            describe(context, name, model_folder(run, name), [ExportedFile(**entry) for entry in files], folder)
     return {"verdict": results["verdict"]}
 
 

@@ -23,7 +23,8 @@ class About:
 
     name: of the run and the network in it.  size: parameters, nonzero, macs, bytes, digest.  data: name, train, test,
     digest.  recipe: settings by dotted key.  seconds: of each task.  evaluations: results of attacks on these weights,
-    each with threat_model, attacks, attack_settings, checks, interval, n, seed.  commands: that made it.
+    each with threat_model, attacks, attack_settings, checks, interval, n, seed.  doubts: reasons not to believe them.
+    commands: that made it.
     """
 
     name: str
@@ -32,6 +33,7 @@ class About:
     recipe: Mapping[str, Any]
     seconds: Mapping[str, float]
     evaluations: Sequence[Mapping[str, Any]]
+    doubts: Sequence[str]
     commands: Sequence[str]
     environment: Mapping[str, Any]
 
@@ -49,7 +51,7 @@ def model_card(spec: ModelSpec, about: About, files: Sequence[ExportedFile]) -> 
         _front_matter(about),
         f"# {plain(about.name)}",
         *_network(spec, about),
-        *_use(spec, files),
+        *_use(files),
         *_accuracy(about),
         *_limits(about),
         *_making(about),
@@ -66,6 +68,7 @@ def _front_matter(about: About) -> str:
     """YAML; its values are JSON, which YAML contains."""
     entries: dict[str, Any] = {
         "library_name": "pytorch",
+        "license": "unknown",
         "tags": ["image-classification", "adversarial-robustness", "neural-architecture-search"],
         "datasets": [_line(about.data.get("name", "unknown"))],
     }
@@ -73,13 +76,15 @@ def _front_matter(about: About) -> str:
         dataset = _line(about.data.get("name", "unknown"))
         metrics = []
         for found in about.evaluations:
-            metrics.append({"type": "accuracy", "name": "accuracy", "value": found["natural"]})
+            metrics.append({"type": "accuracy", "name": "accuracy", "value": round(found["natural"], 4)})
             name = f"accuracy in the worst case, {_threat(found)}"
-            metrics.append({"type": "accuracy", "name": name, "value": found["worst_case"]})
+            metrics.append({"type": "accuracy", "name": name, "value": round(found["worst_case"], 4)})
         task = {"type": "image-classification"}
         results = [{"task": task, "dataset": {"name": dataset, "type": dataset}, "metrics": metrics}]
         entries["model-index"] = [{"name": _line(about.name), "results": results}]
-    return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in entries.items()), "---"])
+    # Not as \u escapes: YAML takes the two halves of a character beyond 16 bits for two characters.
+    lines = (f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in entries.items())
+    return "\n".join(["---", *lines, "---"])
 
 
 def _line(text: object) -> str:
@@ -92,7 +97,8 @@ def _network(spec: ModelSpec, about: About) -> list[str]:
     genotype = spec.genotype
     lines = [
         f"* Architecture: space {plain(genotype.space)}, genotype `{genotype.digest}`, {_built(spec)}.",
-        f"* Input: pixels [N, {shape}] in [0, 1]; normalisation is inside. Output: logits of {len(spec.classes)} "
+        f"* Input: pixels [N, {shape}] in [0, 1]; normalisation is inside (mean {_numbers(spec.mean)}, deviation "
+        f"{_numbers(spec.std)}). Output: logits of {len(spec.classes)} "
         f"classes: {', '.join(plain(name) for name in spec.classes[:20])}{', ...' if len(spec.classes) > 20 else ''}.",
         f"* Size: {size['parameters']:,} parameters, {size['nonzero']:,} of them not zero, {size['macs'] / 1e6:.2f} "
         f"million multiply-accumulates for an image, {size['bytes']['dense']:,} bytes as stored.",
@@ -103,6 +109,10 @@ def _network(spec: ModelSpec, about: About) -> list[str]:
     if spec.prediction is not None:
         lines.append(f"* Predicts by the {plain(spec.prediction)}.")
     return ["\n".join(lines)]
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
 
 
 def _built(spec: ModelSpec) -> str:
@@ -120,25 +130,34 @@ USES = {
     "pt2": "`network.pt2`: `torch.export.load('network.pt2').module()`.",
     "safetensors": "`model.json` with `model.safetensors`: `nas.model_file.load_model(folder)`.",
     "json": "`genotype.json`: the architecture, for `nas train --genotype`.",
-    "robustbench": "`robustbench_model.py`: `load_model()` for RobustBench's `benchmark`.",
+    "robustbench": "`robustbench_model.py`: `load_model(device)` for RobustBench's `benchmark`.",
     "timm": "`timm_model.py`: registers the network with timm where that is installed.",
 }
 
 
-def _use(spec: ModelSpec, files: Sequence[ExportedFile]) -> list[str]:
-    formats = dict.fromkeys(file.format for file in files)
-    checked = {file.format: file for file in files if file.difference is not None}
+def _use(files: Sequence[ExportedFile]) -> list[str]:
+    formats = {file.format: file for file in files}
     lines = [f"* {USES[name]}" for name in formats if name in USES]
     if not lines:
         return []
-    worst = [max(file.difference or 0.0, file.adversarial or 0.0) for file in checked.values()]
-    compared = ""
-    if worst:
-        compared = (
-            f"Each was loaded again in a fresh process and gave the logits of the network, on clean and on adversarial "
-            f"images, up to {max(worst):.1e} ({', '.join(checked)})."
-        )
-    return ["## Use", "\n".join(lines), *([compared] if compared else [])]
+    rows = [
+        f"| {name} | {file.difference:.0e} | {_difference(file.adversarial)} | {_difference(file.gradient)} |"
+        for name, file in formats.items()
+        if file.difference is not None
+    ]
+    if not rows:
+        return ["## Use", "\n".join(lines)]
+    compared = (
+        "Each format was loaded again in a fresh process and compared with the network. Largest differences of logits, "
+        "on images as they are and on adversarial ones, and difference of the gradients that attacks follow, as a "
+        "share of these:"
+    )
+    table = ["| format | clean | adversarial | gradients |", "|---|---:|---:|---:|", *rows]
+    return ["## Use", "\n".join(lines), compared, "\n".join(table)]
+
+
+def _difference(value: float | None) -> str:
+    return "none" if value is None else f"{value:.0e}"
 
 
 def _threat(found: Mapping[str, Any]) -> str:
@@ -173,29 +192,31 @@ def _accuracy(about: About) -> list[str]:
 
 def _checks(checks: Sequence[Mapping[str, Any]]) -> str:
     doubtful = [check for check in checks if check["verdict"] != "pass"]
+    passed = ", ".join(plain(check["name"]) for check in checks if check["verdict"] == "pass")
+    said = f"Checks for gradient masking that passed: {passed or 'none'}."
     if not doubtful:
-        return f"All {len(checks)} checks for gradient masking passed."
+        return f"All {len(checks)} checks for gradient masking passed: {passed}." if checks else "No checks were made."
     lines = [f"* {check['verdict']}: {plain(check['name'])}: {plain(check['detail'])}" for check in doubtful]
-    return "\n".join([f"Of {len(checks)} checks for gradient masking, these did not pass:", "", *lines])
+    return "\n".join([f"Of {len(checks)} checks for gradient masking, these did not pass:", "", *lines, "", said])
 
 
 def _limits(about: About) -> list[str]:
     lines = [
         f"* Trained on {about.data.get('train', 0):,} images of {plain(about.data.get('name', 'unknown'))}; nothing is "
         "known of images of another kind.",
-        "* Robust means: against the attacks above, within the threat model above. No bound is certified.",
+        *(f"* {plain(doubt)}" for doubt in about.doubts),
     ]
     if about.evaluations:
+        lines.append("* Robust means: against the attacks above, within the threat model above. No bound is certified.")
         smallest = min(found["n"] for found in about.evaluations)
         if smallest < 1000:
             lines.append(f"* {smallest} test images: differences of a few points to another network are noise.")
         if not any("autoattack" in name.lower() for found in about.evaluations for name in found["attacks"]):
-            lines.append("* AutoAttack was not run on it: nas attack RUN --suite standard does.")
-        if any(check["verdict"] == "fail" for found in about.evaluations for check in found["checks"]):
-            lines.append("* Checks for gradient masking failed: its robust accuracy may be overstated.")
-    lines.append(
-        "* The licence of these weights is up to whoever trained them and to that of the images: none is stated."
-    )
+            lines.append("* AutoAttack was not run on it: `nas attack RUN --suite standard` does.")
+    lines += [
+        "* Licence: the program that wrote these files is under Apache-2.0. That of the weights and of the images is "
+        "unknown: it is up to whoever trained the network.",
+    ]
     return ["## Limits", "\n".join(lines)]
 
 
@@ -208,10 +229,11 @@ def _making(about: About) -> list[str]:
     environment = ", ".join(f"{plain(key)} {plain(value)}" for key, value in about.environment.items())
     return [
         "## How it was made",
-        "\n".join(["```console", *(_fenced(command) for command in about.commands), "```"]),
-        f"Time: {seconds or 'not recorded'}. On: {environment}.",
+        "\n".join(["```console", *(_fenced(" ".join(command.split())) for command in about.commands), "```"]),
+        f"Seed {about.recipe.get('seed', 'unknown')}. Time: {seconds or 'not recorded'}. On: {environment}.",
         f"Data: {plain(about.data.get('name', 'unknown'))}, {about.data.get('train', 0):,} training and "
         f"{about.data.get('test', 0):,} test images, digest `{_line(about.data.get('digest', 'unknown'))}`.",
+        "All settings of the run, as `--set` takes them:",
         "\n".join(["```toml", _fenced(settings), "```"]),
     ]
 

@@ -22,14 +22,16 @@ def model_info(
     data: str,
     threat_model: Mapping[str, Any],
     extra: bool,
+    forward_passes: int,
     evaluations: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The entry of a network; accuracies in per cent, as text.
 
     data: name of its data set;  threat_model: norm and epsilon it was trained for;  extra: whether it was trained on
-    images beside the data set;  evaluations: results of attacks on these weights, those within another threat model are
-    left out. "reported" is the worst case over all attacks, "autoattack_acc" that of the standard AutoAttack; a number
-    that was not measured is not there. What only an author can say (link, authors, venue) is empty.
+    images beside the data set;  forward_passes: of a network for one prediction;  evaluations: results of attacks on
+    these weights, those within another threat model are left out. "reported" is the worst case over all attacks,
+    "autoattack_acc" that of the standard AutoAttack; a number that was not measured is not there. What only an author
+    can say (link, authors, venue) is empty.
     """
     within = [found for found in evaluations if dict(found["threat_model"]) == dict(threat_model)]
     info: dict[str, Any] = {
@@ -37,7 +39,7 @@ def model_info(
         "name": entry_name(spec),
         "authors": "",
         "additional_data": extra,
-        "number_forward_passes": 1,
+        "number_forward_passes": forward_passes,
         "dataset": data,
         "venue": "",
         "architecture": f"{spec.genotype.space}, genotype {spec.genotype.digest}",
@@ -61,12 +63,11 @@ def model_info(
     }
 
 
-def write_model_info(spec: ModelSpec, folder: Path, **known: Any) -> Path:
-    """Write the entry (``known``: of ``model_info``) to model_info/<data>/<threat model> in ``folder``."""
-    info = model_info(spec, **known)
+def write_model_info(spec: ModelSpec, info: Mapping[str, Any], norm: str, folder: Path) -> Path:
+    """Write an entry of the threat model with ``norm`` to model_info/<data>/<threat model> in ``folder``."""
     # A data set may be named by the path of a folder, which must not lead anywhere.
-    data = re.sub("[^A-Za-z0-9]+", "_", known["data"]).strip("_")[:60] or "data"
-    path = folder / "model_info" / data / NORMS[known["threat_model"]["norm"]] / f"{entry_name(spec)}.json"
+    data = re.sub("[^A-Za-z0-9]+", "_", info["dataset"]).strip("_")[:60] or "data"
+    path = folder / "model_info" / data / NORMS[norm] / f"{entry_name(spec)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(json.dumps(info, indent=1) + "\n", path)
     return path

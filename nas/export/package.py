@@ -56,6 +56,7 @@ def export_model(spec: ModelSpec, model: nn.Module, folder: Path, formats: Seque
 
     Raises ``InputError`` for an unknown format, or one that cannot hold the network, before anything is written.
     """
+    formats = [name for name in formats if name != CARD_FORMAT]
     check_formats(formats)
     if {"robustbench", "timm"} & set(formats) and "py" not in formats:
         formats = ["py", *formats]  # which these load
@@ -64,18 +65,24 @@ def export_model(spec: ModelSpec, model: nn.Module, folder: Path, formats: Seque
     if "onnx" in formats:
         check_onnx_can_be_written()
     folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for name in dict.fromkeys(formats):
+    # Those that may still refuse the network come first: what a refusal leaves behind would never be compared.
+    for name in sorted(dict.fromkeys(formats), key=lambda name: name not in ("pt2", "onnx")):
         FORMATS[name].write(spec, model, folder)
-        files += [ExportedFile(file, name) for file in FORMATS[name].files]
-    return files
+    return [ExportedFile(file, name) for name in dict.fromkeys(formats) for file in FORMATS[name].files]
 
 
 def check_formats(formats: Sequence[str], *, trained: bool = True) -> None:
     """Raise ``InputError`` for a format that is not known, or that is nothing without the weights of a training."""
     for name in formats or ("",):
+        if name == CARD_FORMAT:
+            if not trained:
+                raise InputError(
+                    "'card' says how a network was trained and what it withstood, which an architecture by itself has "
+                    "not been and has not: train it (nas train)"
+                )
+            continue
         if name not in FORMATS:
-            raise InputError(f"unknown export format '{name[:60]}': {nearest(name, FORMATS)}")
+            raise InputError(f"unknown export format '{name[:60]}': {nearest(name, [*FORMATS, CARD_FORMAT])}")
         if not trained and not FORMATS[name].meaningful:
             known = ", ".join(name for name, entry in FORMATS.items() if entry.meaningful)
             raise InputError(
@@ -110,3 +117,6 @@ FORMATS: dict[str, Format] = {
     "svg": Format(("architecture.svg",), write_svg),
 }
 """All export formats by name. The check of each is a function of reload.py."""
+
+CARD_FORMAT = "card"
+"""The format of the model card, which says more than a network alone knows: whoever has the run writes it (card.py)."""

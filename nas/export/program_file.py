@@ -34,7 +34,9 @@ def program_bytes(model: nn.Module, input_shape: tuple[int, int, int], classes: 
             torch.export.save(program, stream, extra_files={CLASSES: json.dumps(list(classes))})
     except (torch._dynamo.exc.TorchDynamoException, ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"torch.export cannot follow this network: {reason[:200]}") from None
+        raise InputError(
+            f"torch.export cannot follow this network: {reason[:160]}; export it by --to py or onnx instead"
+        ) from None
     return stream.getvalue()
 
 

@@ -1,10 +1,10 @@
 """Model cards say what was measured, and nothing that a name in them could say instead."""
 
-import json
 import re
 from dataclasses import replace
 
 import pytest
+import yaml
 
 from nas.export.card import About, model_card, plain
 from nas.export.package import ExportedFile
@@ -27,17 +27,19 @@ ABOUT = About(
     recipe={"seed": 3, "train.epochs": 20, "evaluate.trials.0.name": "x"},
     seconds={"search": 43.5},
     evaluations=[EVALUATION],
+    doubts=[],
     commands=["nas run digits"],
     environment={"torch": "2.15"},
 )
-HOSTILE = "---\nlicense: mit\n<script>alert(1)</script>|`x` [a](b) ``` \ud800 # not a heading"
+HOSTILE = "---\nlicense: mit\n<script>alert(1)</script>|`x` [a](b) ``` \ud800 \U0001f600 # not a heading"
 
 
 def test_a_card_says_what_was_measured_and_how(arnas):
     files = [ExportedFile("network.py", "py", 1e-6, 3e-6, 1e-7), ExportedFile("genotype.json", "json")]
     card = model_card(arnas.spec, ABOUT, files)
     for said in ("26,813", "14,549", "99.7%", "90.3%", "PGD-20", "86.2% to 92.5%",
-                 "All 1 checks", "nas run digits", "train.epochs = 20", "3.0e-06", "genotype.json"):  # fmt: skip
+                 "All 1 checks", "zero gradients", "mean 0.3, deviation 0.15", "nas run digits", "train.epochs = 20",
+                 "3e-06", "1e-07", "genotype.json"):  # fmt: skip
         assert said in card, said
     assert "AutoAttack was not run" in card and "evaluate.trials" not in card
 
@@ -46,8 +48,10 @@ def test_what_was_not_measured_is_said(arnas):
     card = model_card(arnas.spec, replace(ABOUT, evaluations=[]), [])
     assert "not evaluated" in card and "model-index" not in card and "worst case" not in card.lower()
     failed = {"name": "gradients are true", "verdict": "fail", "detail": "they are not"}
-    card = model_card(arnas.spec, replace(ABOUT, evaluations=[{**EVALUATION, "checks": [failed]}]), [])
-    assert "fail: gradients are true: they are not" in card and "may be overstated" in card
+    about = replace(ABOUT, evaluations=[{**EVALUATION, "checks": [failed]}], doubts=["may be overstated"])
+    card = model_card(arnas.spec, about, [])
+    assert "fail: gradients are true: they are not" in card and "* may be overstated" in card
+    assert "unknown" in card and "Apache-2.0" in card
 
 
 def test_names_are_text_in_front_matter_and_body(arnas):
@@ -58,9 +62,13 @@ def test_names_are_text_in_front_matter_and_body(arnas):
     )
     card = model_card(spec, about, [])
     _, front, body = re.split(r"^---$", card, maxsplit=2, flags=re.MULTILINE)
-    entries = dict(line.split(": ", 1) for line in front.strip().splitlines())
-    assert set(entries) == {"library_name", "tags", "datasets", "model-index"}
-    assert all(json.loads(value) for value in entries.values())
+    entries = yaml.safe_load(front)
+    assert set(entries) == {"library_name", "license", "tags", "datasets", "model-index"}
+    assert entries["license"] == "unknown" and len(entries["datasets"]) == 1 and "\U0001f600" in entries["datasets"][0]
+    (model,) = entries["model-index"]
+    (result,) = model["results"]
+    assert result["task"]["type"] == "image-classification" and set(result["dataset"]) == {"type", "name"}
+    assert [metric["value"] for metric in result["metrics"]] == [0.997, 0.897]
     outside = re.sub(r"^```.*?^```$", "", body, flags=re.DOTALL | re.MULTILINE)
     assert body.count("```") == 4 and "```" not in outside
     assert not re.search(r"(?<!\\)<script", outside) and not re.search(r"(?<!\\)\[a\]", outside)

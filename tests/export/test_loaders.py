@@ -25,6 +25,7 @@ ABOUT = {
     "data": "cifar10",
     "threat_model": {"norm": "linf", "epsilon": 8 / 255},
     "extra": False,
+    "forward_passes": 1,
     "evaluations": [],
 }
 EVALUATION = {
@@ -129,7 +130,7 @@ def test_model_info_holds_what_was_measured_in_the_words_of_robustbench(arnas, t
         False,
     )
     assert info["number_forward_passes"] == 1 and "1,000 test images" in info["footnote"]
-    path = write_model_info(arnas.spec, tmp_path, **{**ABOUT, "evaluations": [EVALUATION]})
+    path = write_model_info(arnas.spec, info, "linf", tmp_path)
     assert path == tmp_path / "model_info" / "cifar10" / "Linf" / f"{entry_name(arnas.spec)}.json"
     assert json.loads(path.read_text()) == info
 
@@ -147,5 +148,7 @@ def test_model_info_claims_nothing_that_was_not_measured(arnas):
 
 
 def test_a_data_set_s_name_cannot_leave_the_folder(arnas, tmp_path):
-    path = write_model_info(arnas.spec, tmp_path, **{**ABOUT, "data": "../../etc/x\n\ud800"})
+    path = write_model_info(
+        arnas.spec, model_info(arnas.spec, **{**ABOUT, "data": "../../etc/x\n\ud800"}), "linf", tmp_path
+    )
     assert path.resolve().is_relative_to(tmp_path / "model_info") and path.is_file()
