@@ -75,7 +75,7 @@ def describe(
         seconds=_seconds(context, name, source),
         evaluations=found,
         doubts=_doubts(found, len(spec.classes)),
-        commands=[command_of(run), *commands],
+        commands=[command_of(run), *_compressing(source), *commands],
         environment=read_json(run.path / "environment.json"),
     )
     written = [write_card(spec, about, files, folder)]
@@ -86,6 +86,15 @@ def describe(
         )
         written.append(write_model_info(spec, entry, threat["norm"], folder))
     return written
+
+
+def _compressing(source: Path) -> list[str]:
+    """The command that made ``source`` by compressing another network of the run, if one did. RUN: its folder."""
+    note = source / "compression.json"
+    if not note.exists():
+        return []
+    asked = read_json(note)
+    return [shlex.join(["nas", "compress", "RUN", "--model", asked["model"]]) + f"  # {', '.join(asked['settings'])}"]
 
 
 def _seconds(context: Context, name: str, source: Path) -> dict[str, float]:
@@ -126,7 +135,7 @@ def export_network(
     spec, network = load_model(source)
     make_folder(folder)
     files = export_into(context, spec, network, folder, [each for each in formats if each != CARD_FORMAT])
-    command = shlex.join(["nas", "export", str(context.run.path), "--model", name, "--to", ",".join(formats)])
+    command = shlex.join(["nas", "export", "RUN", "--model", name, "--to", ",".join(formats)])
     return files, describe(context, name, source, files, folder, [command])
 
 

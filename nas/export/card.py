@@ -141,7 +141,7 @@ def _use(files: Sequence[ExportedFile]) -> list[str]:
     if not lines:
         return []
     rows = [
-        f"| {name} | {file.difference:.0e} | {_difference(file.adversarial)} | {_difference(file.gradient)} |"
+        f"| {name} | {_difference(file.difference)} | {_difference(file.adversarial)} | {_difference(file.gradient)} |"
         for name, file in formats.items()
         if file.difference is not None
     ]
@@ -157,7 +157,7 @@ def _use(files: Sequence[ExportedFile]) -> list[str]:
 
 
 def _difference(value: float | None) -> str:
-    return "none" if value is None else f"{value:.0e}"
+    return "none" if value is None else f"{value:.0e}" if value else "0"
 
 
 def _threat(found: Mapping[str, Any]) -> str:

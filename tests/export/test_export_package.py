@@ -145,6 +145,16 @@ def test_a_network_without_a_form_in_onnx_is_an_input_error():
         onnx_bytes(Sorted(), (1, 4, 4))
 
 
+def test_a_network_that_torch_export_cannot_follow_leaves_nothing_behind(arnas, tmp_path):
+    class Sorted(nn.Module):
+        def forward(self, x):
+            return x[x > 0.5] if x.sum() > 0 else x
+
+    with pytest.raises(InputError, match=r"torch\.export cannot follow this network: .*--to py or onnx"):
+        export_model(arnas.spec, Sorted(), tmp_path, ["json", "svg", "pt2"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_onnx_without_its_packages_says_what_to_install(arnas, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'dsara-nas\[onnx\]'"):

@@ -91,6 +91,12 @@ def test_an_architecture_is_exported_without_weights(arnas, tmp_path, imported, 
     assert read_genotype(tmp_path / "genotype.json") == arnas.spec.genotype
     built = imported(tmp_path / "network.py").build()
     assert built(arnas.inputs).shape == (len(arnas.inputs), len(arnas.spec.classes))
-    with pytest.raises(InputError, match="'onnx' holds the weights of a training"):
-        export_architecture(arnas.spec, tmp_path / "new", ["json", "onnx"], attack)
+    refused = {
+        "onnx": "holds the weights",
+        "robustbench": "holds the weights",
+        "card": "says how a network was trained",
+    }
+    for name, reason in refused.items():
+        with pytest.raises(InputError, match=f"'{name}' {reason}"):
+            export_architecture(arnas.spec, tmp_path / "new", ["json", name], attack)
     assert not (tmp_path / "new").exists()

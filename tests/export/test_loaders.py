@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nas.errors import InputError
 from nas.export.loaders import entry_name
 from nas.export.model_info import model_info, write_model_info
 from nas.export.package import export_model
@@ -111,8 +110,6 @@ except FileNotFoundError as error:
     print(error)
 """
     assert alone(bare, code).startswith("True\nno weights: network.safetensors does not lie beside")
-    with pytest.raises(InputError, match="'robustbench' holds the weights"):
-        export_architecture(arnas.spec, bare, ["robustbench"], attack)
 
 
 def test_networks_of_one_genotype_have_names_of_their_own(arnas, pruned):

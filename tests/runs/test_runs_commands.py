@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tiny_runs import TINY, nas
 
 from nas import plugins
 from nas.data.digits import Digits
+from nas.export.card import plain
+from nas.export.package import export_model
 from nas.model_file import load_model, weights_digest
 from runs.directory import flatten, open_run
 from runs.recipe import read_table
@@ -288,6 +291,33 @@ def test_export(run_copy: Path, tmp_path: Path) -> None:
     for file in files:
         assert (tmp_path / "mine" / file["file"]).is_file()
     assert load_genotype(str(tmp_path / "mine" / "genotype.json")) == read_genotype(run_copy / "search/genotype.json")
+
+
+def test_export_of_the_card_alone(run_copy: Path, tmp_path: Path) -> None:
+    outcome = nas("export", run_copy, "--to", "card", "--out", tmp_path / "mine")
+    assert outcome.status == 0 and [path.name for path in (tmp_path / "mine").iterdir()] == ["MODEL_CARD.md"]
+    card = (tmp_path / "mine" / "MODEL_CARD.md").read_text()
+    (searched,) = [model for model in read(run_copy / "results.json")["models"] if model["name"] == "searched"]
+    for said in (searched["digest"], f"{searched['worst_case']:.1%}", *searched["attacks"], "nas export RUN"):
+        assert plain(said) in card or str(said) in card
+    assert str(run_copy) not in card and "Time: search" in card
+
+
+def test_a_file_that_is_not_the_network_fails_the_export(
+    run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tampered(spec, model, folder, formats):  # type: ignore[no-untyped-def]
+        written = export_model(spec, model, folder, formats)
+        weights = load_file(folder / "network.safetensors")
+        weights["classifier.bias"][0] += 0.01
+        save_file(weights, folder / "network.safetensors")
+        return written
+
+    monkeypatch.setattr("runs.exporting.export_model", tampered)
+    outcome = nas("export", run_copy, "--to", "py", "--out", tmp_path / "mine")
+    assert outcome.status == 1 and len(outcome.err.strip().splitlines()) == 1
+    assert "network.py gives logits that differ from the model's by" in outcome.err
+    assert not (tmp_path / "mine" / "MODEL_CARD.md").exists()
 
 
 def test_report_again(run_copy: Path) -> None:
