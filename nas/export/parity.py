@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from nas.errors import Failure, InputError
 from nas.export import reload
@@ -121,9 +122,7 @@ def export_architecture(spec: ModelSpec, folder: Path, formats: Sequence[str], a
     """
     check_formats(formats, trained=False)
     with tempfile.TemporaryDirectory() as scratch:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model, inputs = spec.build().eval(), torch.rand(2, *spec.input_shape)
+        model, inputs = drawn(spec)
         export_model(spec, model, Path(scratch), formats)
         checked = check_exports(Path(scratch), spec, model, inputs, attack)
         weights = {file for entry in FORMATS.values() for file in entry.weights}
@@ -132,6 +131,24 @@ def export_architecture(spec: ModelSpec, folder: Path, formats: Sequence[str], a
         for file in kept:
             write_bytes(Path(scratch, file.file).read_bytes(), folder / file.file)
     return kept
+
+
+def drawn(spec: ModelSpec) -> tuple[nn.Module, Tensor]:
+    """The network of ``spec`` in eval mode with weights that were drawn, always the same, and two images [2, C, H, W].
+
+    Its batch statistics are those of drawn images. With the initial ones a deep network shrinks its images until all
+    that is left is the bias of the classifier, and any two networks of that bias would be equal.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = spec.build().train()
+        norms = {module: module.momentum for module in model.modules() if isinstance(module, _BatchNorm)}
+        for norm in norms:
+            norm.momentum = 1.0
+        model(torch.rand(8, *spec.input_shape))
+        for norm, momentum in norms.items():
+            norm.momentum = momentum
+        return model.eval(), torch.rand(2, *spec.input_shape)
 
 
 def _plain(spec: ModelSpec) -> dict[str, Any]:

@@ -5,12 +5,15 @@ from xml.etree import ElementTree
 
 import networkx as nx
 import pytest
+import torch
 
 from nas.errors import InputError
 from nas.export.graph_files import dot, edges_of, graphml, network_graph, svg
 from nas.export.package import FORMATS
-from nas.export.parity import ExportMismatch, check_exports, export_architecture
+from nas.export.parity import TOLERANCE, ExportMismatch, check_exports, drawn, export_architecture
+from nas.model_file import ModelSpec
 from search_spaces import graph
+from search_spaces.catalogue import load_genotype
 from search_spaces.genotype import Genotype, StageGenotype, read_genotype
 
 
@@ -100,3 +103,11 @@ def test_an_architecture_is_exported_without_weights(arnas, tmp_path, imported, 
         with pytest.raises(InputError, match=f"'{name}' {reason}"):
             export_architecture(arnas.spec, tmp_path / "new", ["json", name], attack)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_network_drawn_for_comparison_sees_its_images():
+    spec = ModelSpec(load_genotype("arnas"), 2, 20, (3, 32, 32), ("a", "b", "c"), (0.5,) * 3, (0.5,) * 3)
+    model, inputs = drawn(spec)
+    with torch.no_grad():
+        logits = model(inputs)
+    assert (logits[0] - logits[1]).abs().max() > 100 * TOLERANCE
