@@ -31,7 +31,7 @@ def test_every_format_writes_its_files_and_nothing_else(arnas, tmp_path):
 
 
 def test_unknown_format_is_refused_before_anything_is_written(arnas, tmp_path):
-    with pytest.raises(InputError, match="unknown export format 'pickle': known: dot, graphml, json, onnx, pt2"):
+    with pytest.raises(InputError, match="unknown export format 'pickle': known: card, dot, graphml, json, onnx, pt2"):
         export_model(arnas.spec, arnas.model, tmp_path / "export", ["json", "pickle"])
     assert not (tmp_path / "export").exists()
 
