@@ -8,6 +8,7 @@ from benchmarks.search_step import Configuration, Ours, agreement, batches_of, m
 SMALL = Configuration(4, 4, 8, 8, 1, 0.1, 2, 1)
 
 
+@pytest.mark.slow
 def test_attack_directions_and_architecture_gradients_are_the_textbooks():
     found = agreement(SMALL, "cpu", None)
     for what in ("attack", "architecture"):

@@ -253,6 +253,7 @@ def _learned(draws):
     return NoiseEnsemble(network.eval(), ImageNoise(0.15), draws), x, y
 
 
+@pytest.mark.slow
 def test_the_checks_accept_a_steady_mean_over_noise_and_no_other():
     trials = {"pgd": Trial(Pgd(THREAT, steps=20)), "margin": Trial(Pgd(THREAT, steps=40, loss="margin"))}
     model, x, y = _learned(draws=50)

@@ -15,7 +15,7 @@ METHODS = {
 }
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=[pytest.param("noise", marks=pytest.mark.slow), "particles"])
 def ensemble_run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[Path, str]:
     """A plain network trained and compressed by a method that predicts by an ensemble, and what it says of that."""
     folder = tmp_path_factory.mktemp(request.param)

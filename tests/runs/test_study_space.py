@@ -66,6 +66,7 @@ def test_a_slice_is_what_the_networks_themselves_cost(what: str) -> None:
     assert {one.digest for one in found} == near and 1 < len(near) < len(every)
 
 
+@pytest.mark.slow
 def test_compound_scaling_follows_its_rule_at_every_size() -> None:
     sizes, shares = [40_000, 100_000], [0.4, 0.7]
     rule = {"parameters": sizes, "shares": shares, "base": [4, 8, 16], "step": 0.5}

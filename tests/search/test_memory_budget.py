@@ -44,6 +44,7 @@ def _search(settings, tmp_path, name):
     return path.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [{}, {"gradient": Unrolled("exact")}, {"gradient": FirstOrder(), "relaxation": SampledPath()}],
@@ -120,6 +121,7 @@ def test_what_cannot_fit_is_refused_with_the_batch_size_that_would():
         fit(SETTINGS, 0.0, peak)
 
 
+@pytest.mark.slow
 def test_a_dry_run_sees_what_recomputation_saves():
     data = _data(32)
     parts = split(data.y_train, architecture=0.5, validation=0.0, seed=0)
