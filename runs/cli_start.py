@@ -92,8 +92,8 @@ def doctor(
     if as_json:
         print(json.dumps({"machine": [dataclasses.asdict(f) for f in findings], "times": [_times(t) for t in times]}))
         return
-    known = [timing for timing in times if timing.estimate is not None]
-    shortest = min(known, key=lambda timing: timing.estimate.seconds if timing.estimate else 0.0, default=None)
+    whole = [timing for timing in times if timing.estimate is not None and timing.command.startswith("nas run")]
+    shortest = min(whole, key=lambda timing: timing.estimate.seconds if timing.estimate else 0.0, default=None)
     next_commands((shortest.command if shortest else "nas run digits").split(), ["nas", "list", "recipes"])
 
 
