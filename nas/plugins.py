@@ -22,6 +22,9 @@ FOLDERS = {
 }
 """Folders of ``nas`` that hold plug-ins, and what one of theirs is called."""
 
+KINDS = (*FOLDERS, "search_spaces")
+"""Folders that a folder of plug-ins may have."""
+
 VARIABLE = "NAS_PLUGINS"
 """The environment variable that names folders of plug-ins outside of this program, to every process of a run."""
 
@@ -45,20 +48,19 @@ def use_named() -> None:
 
 
 def own() -> dict[str, str]:
-    """The plug-ins from outside of this program, "training/mine", and the digest of each file."""
+    """The files of plug-ins from outside of this program, "training/mine", what they share included; their digests."""
     found = {}
     for folder in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
-        for path in _files(Path(folder)):
+        for path in sorted(path for kind in KINDS for path in (Path(folder) / kind).glob("*.py")):
             found[f"{path.parent.name}/{path.stem}"] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return found
 
 
 def _add(folder: Path) -> None:
-    kinds = [*FOLDERS, "search_spaces"]
     if not folder.is_dir():
         raise InputError(f"there is no folder of plug-ins {folder}")
     if not (files := _files(folder)):
-        raise InputError(f"{folder} holds no plug-ins: they lie in its folders {', '.join(kinds)}")
+        raise InputError(f"{folder} holds no plug-ins: they lie in its folders {', '.join(KINDS)}")
     for path in files:
         kind = path.parent.name
         package = importlib.import_module(kind if kind == "search_spaces" else f"nas.{kind}")
@@ -81,8 +83,7 @@ def _add(folder: Path) -> None:
 
 def _files(folder: Path) -> list[Path]:
     """The modules in a folder of plug-ins. Those whose name begins with "_" are what others share."""
-    kinds = [*FOLDERS, "search_spaces"]
-    return [path for kind in kinds for path in sorted((folder / kind).glob("*.py")) if not path.name.startswith("_")]
+    return [path for kind in KINDS for path in sorted((folder / kind).glob("*.py")) if not path.name.startswith("_")]
 
 
 @cache

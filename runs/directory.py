@@ -178,6 +178,11 @@ def environment() -> dict[str, str]:
     }
 
 
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def program_version() -> str:
     """The installed version of this distribution."""
     try:

@@ -15,7 +15,7 @@ import torch
 
 from nas.data.image_data import ImageData
 from nas.errors import InputError
-from runs.directory import program_version
+from runs.directory import program_version, usable_cores
 from runs.estimate import Estimate, estimate
 from runs.recipe import Recipe, build, read_table
 from search_spaces.native import library
@@ -47,8 +47,7 @@ def examine(folder: Path) -> Iterator[Finding]:
     """The machine and the installation. folder: where runs are kept."""
     python, system = platform.python_version(), f"{platform.system()} {platform.machine()}"
     yield Finding("program", f"dsara-nas {program_version()}, python {python}, torch {torch.__version__}, {system}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield Finding("processor", f"{cores} cores, {torch.backends.cpu.get_cpu_capability()}")
+    yield Finding("processor", f"{usable_cores()} cores, {torch.backends.cpu.get_cpu_capability()}")
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         yield Finding("GPU", f"{torch.cuda.get_device_name(0)}, {memory:.0f} GiB")

@@ -70,7 +70,7 @@ def describe(
             "bytes": dataclasses.asdict(stored_size(model)),
             "digest": digest,
         },
-        data={"name": data.name, "train": len(data.y_train), "test": len(data.y_test), "digest": data.digest},
+        data=data.to_data(),
         recipe=flatten(run.table),
         seconds=_seconds(context, name, source),
         evaluations=found,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 import tomllib
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from nas import plugins
 from nas.analysis.complexity import parameters_of
 from nas.data.image_data import ImageData
 from nas.model_file import ModelSpec
+from runs.directory import usable_cores
 from runs.estimate import Estimate, estimate
 from runs.recipe import build
 from search_spaces.genotype import StageGenotype
@@ -100,7 +100,7 @@ def recipe_text(name: str, source: dict[str, Any], data: ImageData, effort: Effo
     """A recipe as TOML, with what each part is for."""
     image_channels, height, width = data.input_shape
     side, colour = min(height, width), image_channels >= 3
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     gpu = torch.cuda.is_available()
     depths, widths = (2, 3), _plain_widths(data, effort.parameters)
     images = f"{len(data.y_train):,} + {len(data.y_test):,} images of {height}x{width} pixels, {image_channels}"

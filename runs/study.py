@@ -351,14 +351,7 @@ def over(todo: Plan, ledger: Ledger) -> bool:
 def check_data(ledger: Ledger, recipe: Recipe) -> None:
     """Raise ``InputError`` if this machine's images are not those of the study."""
     data = recipe.data.source()
-    own = {
-        "name": data.name,
-        "input_shape": list(data.input_shape),
-        "classes": list(data.classes),
-        "train": len(data.y_train),
-        "test": len(data.y_test),
-        "digest": data.digest,
-    }
+    own = data.to_data()
     if "data" not in ledger.study.user_attrs:
         ledger.study.set_user_attr("data", own)
     known = ledger.study.user_attrs["data"]

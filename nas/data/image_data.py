@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,6 +135,17 @@ class ImageData:
             x_test=self.x_test.to(device),
             y_test=self.y_test.to(device),
         )
+
+    def to_data(self) -> dict[str, Any]:
+        """What a record says of it: name, shape of an image, classes, number of images, digest."""
+        return {
+            "name": self.name,
+            "input_shape": list(self.input_shape),
+            "classes": list(self.classes),
+            "train": len(self.y_train),
+            "test": len(self.y_test),
+            "digest": self.digest,
+        }
 
     def limited(self, train: int | None, test: int | None, seed: int) -> ImageData:
         """At most ``train`` training and ``test`` test images: a random part that keeps the shares of the classes.

@@ -72,7 +72,7 @@ def test_a_named_folder_adds_what_it_holds(own: Path) -> None:
     assert plugins.load("training", "trades") and "_shared" not in plugins.available("training")
     assert catalogue.spaces()["own_space"].name == "own_space"
     assert os.environ[plugins.VARIABLE] == str(own)  # which processes that are started inherit
-    assert sorted(plugins.own()) == ["search_spaces/own_space", "training/own_method"]
+    assert sorted(plugins.own()) == ["search_spaces/own_space", "training/_shared", "training/own_method"]
 
 
 def test_their_digest_says_when_they_change(own: Path) -> None:
