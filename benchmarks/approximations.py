@@ -39,9 +39,10 @@ from nas.search.bilevel import Stage, search
 from nas.tensor_file import write_text
 from nas.training.pgd_at import PgdAt
 from nas.training.standard import Standard
+from runs.context import Context
 from runs.directory import RunDirectory, create, open_run
 from runs.recipe import Recipe, build, read_table
-from runs.tasks import Context, plan
+from runs.tasks import plan
 
 FIRST_ORDER = "search.gradient={name='first_order'}"
 ONE_STEP = "search.attack={name='pgd', steps=1}"

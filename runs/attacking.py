@@ -24,13 +24,13 @@ from nas.model_file import load_model
 from nas.randomness import generator
 from nas.report.attack_page import write_attack_page
 from nas.threat_model import ThreatModel
+from runs.context import bench_of, device_of, model_folder
 from runs.directory import default_path, make_folder, write_json
 from runs.finished import label_of, network_folder, networks_of, opened
 from runs.judging import Bench, Tick, judge
 from runs.outside import data_from, is_outside, network_from, source_from
 from runs.progress import Observer
 from runs.recipe import attack_from, override_key
-from runs.tasks import bench_of, device_of, model_folder
 
 
 @dataclass(frozen=True)

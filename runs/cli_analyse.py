@@ -134,8 +134,8 @@ def _named(arguments: Sequence[str]) -> tuple[list[str], int]:
 
 
 def _genotype_of(name: str) -> AnyGenotype:
+    from runs.context import found_genotype
     from runs.directory import open_run
-    from runs.tasks import found_genotype
     from search_spaces.catalogue import load_genotype, space_of
 
     if Path(name).is_dir():

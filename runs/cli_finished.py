@@ -42,9 +42,10 @@ def compress(
 ) -> None:
     """Compress a trained network of a run, fine-tune it with the run's training method, and attack it."""
     from nas.model_file import load_model
+    from runs.context import model_folder
     from runs.directory import write_json
     from runs.finished import label_of, network_folder, opened
-    from runs.tasks import compress_into, evaluate_into, model_folder
+    from runs.networks import compress_into, evaluate_into
 
     table_settings = compression_settings(method, keep, set_, epochs)
     with opened(path, table_settings) as context:
@@ -287,7 +288,7 @@ def report(path: RunArgument) -> None:
     """Write the HTML page of a finished run again."""
     from runs.comparison import write_comparison_page
     from runs.directory import open_run, read_json
-    from runs.tasks import write_page
+    from runs.reporting import write_page
 
     run_directory = open_run(path)
     if run_directory.command.startswith("study"):

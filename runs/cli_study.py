@@ -48,11 +48,11 @@ def width_depth(
     The same command with --resume (the folder on a file system that all see), or with the same --storage, started on
     other machines, helps.
     """
+    from runs.context import device_of
     from runs.directory import RunDirectory, check_same_recipe, create, default_path
     from runs.progress import observer
     from runs.recipe import build, read_table
     from runs.study import carry_out, collect, ledger_of, plan, storage_of
-    from runs.tasks import device_of
 
     table = read_table(recipe, set_ or [], seed) if recipe is not None else None
     if resume is not None:

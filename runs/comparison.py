@@ -37,11 +37,13 @@ from nas.training.cost_sensitive import protected_by
 from nas.training.loop import validate
 from runs.construct import plain
 from runs.contenders import ComparePart, Contender
+from runs.context import Context, bench_of, found_genotype, model_folder
 from runs.detecting import judge_detected
-from runs.directory import RunDirectory, flatten, read_json, write_json
+from runs.directory import RunDirectory, flatten, open_run, read_json, write_json
 from runs.judging import judge
+from runs.networks import compress_into, model_result, to_train, train_in
 from runs.recipe import Recipe
-from runs.tasks import Context, Task, bench_of, compress_into, model_folder, model_result, to_train, train_in
+from runs.tasks import Task
 from search_spaces.catalogue import load_genotype, space_of
 from search_spaces.genotype import SCHEMA, AnyGenotype, genotype_from_data
 
@@ -102,9 +104,6 @@ def read_genotype_of(recipe: Recipe) -> AnyGenotype:
     if not isinstance(given, str):
         raise InputError(f"compare.genotype must be a text or a table, not {given!r}")
     if Path(given).is_dir():
-        from runs.directory import open_run
-        from runs.tasks import found_genotype
-
         return found_genotype(open_run(Path(given)))
     return load_genotype(given)
 

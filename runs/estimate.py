@@ -24,10 +24,12 @@ from nas.search.bilevel import search
 from nas.training.cost import counted
 from nas.training.loop import train
 from runs.comparison import read_genotype_of
+from runs.context import Context, device_of
 from runs.directory import RunDirectory
 from runs.judging import Bench, judge
+from runs.networks import to_train
 from runs.recipe import Recipe, TrainPart
-from runs.tasks import Context, device_of, search_objectives, to_train
+from runs.tasks import search_objectives
 from search_spaces.genotype import AnyGenotype
 
 STEPS = 3

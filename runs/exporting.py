@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nas.analysis.complexity import complexity, nonzero_parameters
 from nas.attacks.pgd import Pgd
-from nas.compression.size import stored_size
 from nas.export.card import About, write_card
 from nas.export.model_info import model_info, write_model_info
 from nas.export.package import CARD_FORMAT, FORMATS, ExportedFile, check_formats, export_model
 from nas.export.parity import Attacks, check_exports
-from nas.model_file import ModelSpec, load_model, weights_digest
+from nas.model_file import ModelSpec, load_model
 from nas.prediction import networks_in, passes_of
 from nas.report.doubts import guessing, masking
 from nas.threat_model import ThreatModel
+from runs.context import Context, model_folder
 from runs.directory import flatten, make_folder, read_json
+from runs.finished import network_folder
+from runs.networks import size_of
 from runs.reproduction import command_of
-
-if TYPE_CHECKING:
-    from runs.tasks import Context
 
 COMPARED = 32
 """Images on which files are compared."""
@@ -52,24 +49,18 @@ def describe(
     The model card, and what RobustBench's tables say where its loader is among the files. commands: that wrote these.
     """
     spec, model = load_model(source)
-    size, digest = complexity(spec), weights_digest(model)
+    size = size_of(spec, model)
     run, data, recipe = context.run, context.data, context.recipe
     threat: dict[str, Any] = {"norm": recipe.threat_model.norm, "epsilon": recipe.threat_model.epsilon}
     found = []
     for path in sorted(run.path.rglob("result.json")):
         result = read_json(path)
         # Attacks on other weights, an earlier compression of the same name for instance, say nothing of these.
-        if isinstance(result, dict) and result.get("digest") == digest and "worst_case" in result:
+        if isinstance(result, dict) and result.get("digest") == size["digest"] and "worst_case" in result:
             found.append({"threat_model": threat, **result})
     about = About(
         name=f"{recipe.general.name}: {name}",
-        size={
-            "parameters": size.parameters,
-            "nonzero": nonzero_parameters(model),
-            "macs": size.macs,
-            "bytes": dataclasses.asdict(stored_size(model)),
-            "digest": digest,
-        },
+        size=size,
         data=data.to_data(),
         recipe=flatten(run.table),
         seconds=_seconds(context, name, source),
@@ -127,9 +118,6 @@ def export_network(
     A model card is always written; with the format "card" alone nothing else is, and it tells of the files that lie
     there.
     """
-    from runs.finished import network_folder
-    from runs.tasks import model_folder
-
     check_formats(formats)
     source = network_folder(model_folder(context.run, name), context.run.path, name)
     spec, network = load_model(source)

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from nas.errors import InputError, nearest
+from runs.context import Context
 from runs.directory import open_run
+from runs.judging import Tick
 from runs.recipe import build, override_key
-from runs.tasks import Context, Tick
 
 
 @contextmanager

@@ -8,9 +8,10 @@ from typing import Any
 
 from nas.errors import InputError
 from runs.comparison import read_genotype_of
+from runs.context import device_of
 from runs.directory import RunDirectory, create, default_path
 from runs.recipe import build, check_size
-from runs.tasks import device_of, recomputes_within
+from runs.tasks import recomputes_within
 from search_spaces.genotype import AnyGenotype, Genotype
 from search_spaces.native import library
 

@@ -26,10 +26,11 @@ import torch
 from nas import plugins
 from nas.errors import Failure, InputError
 from runs import comparison
+from runs.context import Context, device_of
 from runs.directory import RunDirectory, open_run
 from runs.progress import Observer
 from runs.recipe import Recipe, build
-from runs.tasks import Context, Task, device_of, plan
+from runs.tasks import Task, plan
 from search_spaces.genotype import GenotypeError
 
 

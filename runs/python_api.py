@@ -13,6 +13,7 @@ from torch import nn
 
 from nas.analysis.drawing import draw_cell
 from nas.errors import InputError
+from runs.context import found_genotype, model_folder
 from runs.directory import RunDirectory, open_run, read_json
 from runs.exporting import export_network
 from runs.finished import opened
@@ -21,7 +22,6 @@ from runs.pipeline import carry_out
 from runs.progress import observer
 from runs.recipe import read_table, set_key
 from runs.show import error_console, out_console
-from runs.tasks import found_genotype, model_folder
 from search_spaces.catalogue import load_genotype
 from search_spaces.genotype import AnyGenotype, Genotype
 

@@ -35,6 +35,7 @@ from nas import plugins
 from nas.errors import Diverged, Failure, InputError
 from nas.model_file import ModelSpec
 from nas.studies.observation import Observation
+from runs.context import Context, device_of
 from runs.directory import RunDirectory, flatten, open_run, read_json, write_json
 from runs.pipeline import die_with, start_alone
 from runs.progress import Observer
@@ -46,7 +47,6 @@ from runs.study_space import Configuration, Costs, axes_of, planned
 from runs.study_storage import JOURNAL, open_storage, open_study, without_password
 from runs.study_trial import Pruned, Report, observation_from
 from runs.study_trial import carry_out as carry_out_trial
-from runs.tasks import Context, device_of
 from search_spaces.genotype import GenotypeError
 
 POLL = 1.0

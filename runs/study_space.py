@@ -369,8 +369,8 @@ def _all_but(axes: Axes, varied: str) -> dict[str, Any]:
 
 def _genotype(name: str) -> Genotype:
     if Path(name).is_dir():
+        from runs.context import found_genotype
         from runs.directory import open_run
-        from runs.tasks import found_genotype
 
         genotype = found_genotype(open_run(Path(name)))
         space_of(genotype)

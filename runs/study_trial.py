@@ -23,11 +23,12 @@ from nas.model_file import ModelSpec, load_model
 from nas.randomness import generator
 from nas.studies.observation import Observation
 from nas.studies.predictors import at_birth, measures
+from runs.context import Context, bench_of
 from runs.directory import read_json, write_json
 from runs.judging import judge
+from runs.networks import model_result, to_train, train_in
 from runs.study_part import StudyPart
 from runs.study_space import Configuration
-from runs.tasks import Context, bench_of, model_result, to_train, train_in
 
 NETWORK = "study"
 """What initial weights and order of the images are derived from, beside the seed."""

@@ -15,11 +15,11 @@ from nas.data.digits import Digits
 from nas.evaluation.robustness import Trial
 from nas.threat_model import ThreatModel
 from runs import estimate as estimating
+from runs.context import Context
 from runs.directory import RunDirectory
 from runs.doctor import time_recipe
 from runs.estimate import estimate
 from runs.recipe import Recipe, build, read_table
-from runs.tasks import Context
 
 OVERRIDES = [item for item in TINY if item != "--set"]
 

@@ -45,7 +45,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nas.report.page.write_report", lambda results, path: path.write_text("report"))
     rows = {"before": RATE, "compressed": {**RATE, "speed": 0.5}}
     monkeypatch.setattr(
-        "runs.tasks.throughput",
+        "runs.context.throughput",
         lambda models, x: {"engines": {"eager": {"batches": {"1": {n: rows[n] for n in models}}}}},
     )
 

@@ -240,7 +240,7 @@ def test_compressed_networks_are_compared_with_those_they_were(tmp_path: Path, m
         speeds = {name: {**rate, "speed": 1.0 - 0.25 * i} for i, name in enumerate(models)}
         return {"engines": {"eager": {"batches": {"1": speeds}}}}
 
-    monkeypatch.setattr("runs.tasks.throughput", timed)
+    monkeypatch.setattr("runs.context.throughput", timed)
     step = "{name='magnitude', keep=0.5}"
     contenders = [
         "{name='at'}",

@@ -18,10 +18,11 @@ from nas.errors import InputError
 from nas.model_file import load_model
 from nas.objective import Batch, Metrics, Objective, Setting, State
 from runs.cli_finished import compression_settings
+from runs.context import Context
 from runs.directory import RunDirectory, create
 from runs.finished import networks_of
+from runs.networks import compress_into, model_result, to_train
 from runs.recipe import build, read_table
-from runs.tasks import Context, compress_into, model_result, to_train
 from search_spaces.genotype import StageGenotype
 
 SEEN: list[Any] = []

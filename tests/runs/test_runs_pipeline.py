@@ -16,9 +16,10 @@ import pytest
 
 from nas.errors import Diverged, Failure, InputError
 from runs import pipeline
+from runs.context import Context
 from runs.directory import RunDirectory, create
 from runs.recipe import read_table
-from runs.tasks import Context, Task
+from runs.tasks import Task
 from search_spaces.genotype import GenotypeError
 
 # Workers are forked here, not spawned: that spares their imports, and a scripted plan needs no pickling.

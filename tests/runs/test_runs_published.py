@@ -12,9 +12,9 @@ from nas.analysis.complexity import Complexity, complexity
 from nas.errors import InputError
 from nas.model_file import ModelSpec
 from runs import tasks
+from runs.context import Context, found_genotype
 from runs.directory import open_run
 from runs.recipe import build, override_key, read_table
-from runs.tasks import Context, found_genotype
 from search_spaces.catalogue import load_genotype
 
 NETWORKS = ["arnas-equal-parameters", "arnas-equal-macs"]

@@ -89,7 +89,7 @@ TRAIN_CHECKPOINT = "nas.training.loop.write_tree"
 MASKS = "nas.evaluation.robustness.write_tree"
 DESCRIPTION = "nas.model_file.write_text"
 FINISH = "runs.directory.RunDirectory.finish"
-PAGE = "runs.tasks.write_page"
+PAGE = "runs.reporting.write_page"
 
 STOPS = [
     # Where, at which call since the process began, before or after it, and the task that is then under way.
