@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -20,6 +21,28 @@ class Failure(RuntimeError):
 
 class Diverged(Failure):
     """A loss or a gradient stopped being a number."""
+
+
+NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
+"""What torch says, on a GPU and on CPUs, and the system says."""
+
+
+def of_the_machine(error: Exception) -> InputError | Failure | None:
+    """What an error that is the machine's, not the program's, means to the user; None for all others."""
+    if isinstance(error, OSError):
+        file = error.filename or "a file"
+        if error.errno in NOT_ALLOWED:
+            return InputError(f"{file}: {error.strerror}; allow it, or choose another folder")
+        if error.errno in FULL:
+            return Failure(f"cannot write {file}: {error.strerror}; make room, then --resume continues a run")
+    if isinstance(error, MemoryError) or any(said in str(error).lower() for said in NO_MEMORY):
+        return Failure(
+            "memory ran out; lower workers, batch sizes or channels, or search with --memory-budget; "
+            "--resume continues a run"
+        )
+    return None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nas.errors import Failure, InputError, nearest
+from nas.errors import Failure, InputError, nearest, of_the_machine
 from runs.cli_analyse import analyse
 from runs.cli_finished import attack, compress, export, report
 from runs.cli_start import doctor, new, welcome
@@ -69,6 +69,12 @@ def main() -> None:
     except Failure as error:
         _complain(str(error))
         sys.exit(1)
+    except (OSError, MemoryError, RuntimeError) as error:
+        known = of_the_machine(error)
+        if known is None:
+            raise
+        _complain(" ".join(str(known).splitlines()))
+        sys.exit(2 if isinstance(known, InputError) else 1)
     except UsageProblem as error:
         message = error.format_message()  # type: ignore[attr-defined]
         if not message:  # no command: the help has been shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +29,7 @@ class MetricsLog:
         self.path = folder / "metrics.jsonl"
         self.writer: Any = None
         self.cells: dict[str, Any] = {}
+        self.told_by = threading.excepthook
 
     def restore(self, records: list[dict[str, Any]]) -> None:
         """Begin with ``records``, dropping lines written after the checkpoint they came from."""
@@ -67,13 +69,23 @@ class MetricsLog:
         self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), epoch)
 
     def __enter__(self) -> MetricsLog:
+        self.told_by = threading.excepthook
+        threading.excepthook = self._of_a_thread
         return self
+
+    def _of_a_thread(self, failure: threading.ExceptHookArgs) -> None:
+        """TensorBoard writes in a thread and raises here what fails there, a full disk: that is told once."""
+        if not isinstance(failure.exc_value, OSError):
+            self.told_by(failure)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        try:
+            if self.writer is not None:
+                self.writer.close()
+        finally:
+            threading.excepthook = self.told_by
 
 
 def log_outcome(folder: Path, recipe: Mapping[str, Any], outcome: Mapping[str, float | None]) -> None:

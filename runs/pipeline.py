@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 
 from nas import plugins
-from nas.errors import Failure, InputError
+from nas.errors import Failure, InputError, of_the_machine
 from runs import comparison
 from runs.context import Context, device_of
 from runs.directory import RunDirectory, open_run
@@ -191,12 +191,18 @@ def _work(connection: Connection, path: str, parent: int) -> None:
 
             try:
                 connection.send(("done", _do(run, recipe, tasks[name], tick)))
-            except (InputError, GenotypeError) as error:
-                connection.send(("input error", str(error)))
-            except Failure as failure:
-                connection.send(("failure", str(failure)))
-            except Exception:
-                connection.send(("error", traceback.format_exc()))
+            except Exception as error:
+                connection.send(told_of(error))
+
+
+def told_of(error: Exception) -> tuple[str, str]:
+    """What a worker says of the error it is handling: its kind, by which its parent raises it again, and the text."""
+    known = of_the_machine(error) or error
+    if isinstance(known, (InputError, GenotypeError)):
+        return "input error", str(known)
+    if isinstance(known, Failure):
+        return "failure", str(known)
+    return "error", traceback.format_exc()
 
 
 def die_with(parent: int) -> None:

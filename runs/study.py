@@ -19,7 +19,6 @@ import os
 import signal
 import statistics
 import time
-import traceback
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from nas.model_file import ModelSpec
 from nas.studies.observation import Observation
 from runs.context import Context, device_of
 from runs.directory import RunDirectory, flatten, open_run, read_json, write_json
-from runs.pipeline import die_with, start_alone
+from runs.pipeline import die_with, start_alone, told_of
 from runs.progress import Observer
 from runs.recipe import Recipe, build
 from runs.study_ledger import Abandoned, Claim, Ledger, configuration_of
@@ -47,7 +46,6 @@ from runs.study_space import Configuration, Costs, axes_of, planned
 from runs.study_storage import JOURNAL, open_storage, open_study, without_password
 from runs.study_trial import Pruned, Report, observation_from
 from runs.study_trial import carry_out as carry_out_trial
-from search_spaces.genotype import GenotypeError
 
 POLL = 1.0
 """Seconds between looks at a storage in which nothing is open."""
@@ -202,6 +200,8 @@ def _over(process: Any, connection: Connection) -> int:
         raise InputError(text)
     if kind == "failure":
         raise Failure(text)
+    if kind == "error":
+        raise Failure(f"a worker failed\n{text}")
     return 0
 
 
@@ -224,12 +224,8 @@ def _worker(connection: Connection, path: str, storage: str, parent: int) -> Non
         plugins.use_named()
         work(open_run(Path(path)), storage)
         connection.send(("done", ""))
-    except (InputError, GenotypeError) as error:
-        connection.send(("input error", str(error)))
-    except Failure as failure:
-        connection.send(("failure", str(failure)))
-    except Exception:
-        connection.send(("failure", f"a worker failed\n{traceback.format_exc()}"))
+    except Exception as error:
+        connection.send(told_of(error))
 
 
 def work(run: RunDirectory, storage: str) -> None:
