@@ -93,7 +93,7 @@ class Ours:
         state = State(0, 0, 0.0, generator, generator)
         bilevel.take_step(
             self.supernet, self.settings, self.settings.stages[0], self.objectives["adversarial"], self.objectives,
-            batch, held_out, state, self.optimiser, self.adam,
+            batch, held_out, {0: state}, self.optimiser, self.adam,
         )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from nas import ranks
 from nas.errors import InputError
 
 Tree = dict[str, Any]
@@ -66,8 +67,13 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
 def write_bytes(content: bytes, path: Path) -> None:
     """Replace ``path`` by ``content`` in one step that survives a crash at any moment.
 
-    Raises ``OSError``, which names the file, where that cannot be done; the old file stays.
+    Raises ``OSError``, which names the file, where that cannot be done; the old file stays. All processes of a
+    data-parallel run call it, and the first one writes.
     """
+    ranks.first(lambda: _write(content, path))
+
+
+def _write(content: bytes, path: Path) -> None:
     temporary = path.with_name(path.name + ".part")
     try:
         with open(temporary, "wb") as file:

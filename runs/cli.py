@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from nas import ranks
 from nas.errors import Failure, InputError, nearest, of_the_machine
 from runs.cli_analyse import analyse
 from runs.cli_finished import attack, compress, export, report
 from runs.cli_start import doctor, new, welcome
 from runs.cli_study import study
-from runs.directory import program_version
+from runs.directory import RunDirectory, program_version
 from runs.show import (
     comparison_table,
     error_console,
@@ -56,35 +58,62 @@ UsageProblem: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.
 
 def main() -> None:
     """Entry point: exit status 0 done, 2 the input is wrong (one line, no traceback), 1 anything else."""
+    before = {number: signal.signal(number, _stop) for number in STOPPED_BY}
     try:
+        ranks.begin()
+        if not ranks.leads():
+            out_console.quiet = True
         app(standalone_mode=False)
     except (InputError, GenotypeError) as error:
-        _complain(" ".join(str(error).splitlines()))
+        _complain(error)
         sys.exit(2)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        _complain("interrupted; --resume continues the run")
-        sys.exit(130)
+    except Stopped as stopped:
+        _complain(Failure(f"{STOPPED_BY[stopped.number]}; --resume continues the run"))
+        sys.exit(128 + stopped.number)
     except Failure as error:
-        _complain(str(error))
+        _complain(error)
         sys.exit(1)
     except (OSError, MemoryError, RuntimeError) as error:
         known = of_the_machine(error)
         if known is None:
             raise
-        _complain(" ".join(str(known).splitlines()))
+        _complain(known)
         sys.exit(2 if isinstance(known, InputError) else 1)
     except UsageProblem as error:
         message = error.format_message()  # type: ignore[attr-defined]
         if not message:  # no command: the help has been shown
             sys.exit(0)
-        _complain(" ".join(message.splitlines()))
+        _complain(InputError(message))
         sys.exit(2)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        ranks.end()
 
 
-def _complain(text: str) -> None:
-    error_console.print(f"nas: {text}", style="red", markup=False, highlight=False)
+STOPPED_BY = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped by SIGTERM"}
+"""Ctrl-C; a scheduler or ``kill``."""
+
+
+class Stopped(BaseException):
+    """Somebody wants this process to end. Not a KeyboardInterrupt, which typer takes for success."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = signal.Signals(number)
+
+
+def _stop(number: int, frame: object) -> None:
+    raise Stopped(number)
+
+
+def _complain(error: Exception) -> None:
+    """One line; of a data-parallel run, only the first process tells what all know."""
+    if ranks.leads() or isinstance(error, ranks.Lost):
+        text = str(error) if isinstance(error, Failure) else " ".join(str(error).splitlines())
+        error_console.print(f"nas: {text}", style="red", markup=False, highlight=False)
 
 
 @app.callback()
@@ -100,9 +129,12 @@ def start(
     from nas import plugins
 
     plugins.use(*own or ())
+    command = context.invoked_subcommand
+    if ranks.world() > 1 and command not in ("run", "search", "train", "compare"):
+        raise InputError(f"torchrun shares out nas run, search, train and compare: start nas {command or ''} by itself")
     if version:
         print(program_version())
-    elif context.invoked_subcommand is None:
+    elif command is None:
         welcome()
 
 
@@ -185,7 +217,6 @@ def _start(
 ) -> None:
     """Create or continue a run, carry it out, and say what came of it."""
     from runs.directory import check_same_recipe, open_run
-    from runs.launch import begin
     from runs.pipeline import carry_out
     from runs.progress import observer
     from runs.recipe import read_table
@@ -209,14 +240,34 @@ def _start(
     elif table is None:
         raise InputError(f"name a recipe (nas list recipes) or a run to continue: nas {command} digits")
     else:
-        directory = begin(command, table, genotype, out, memory_budget=memory_budget, say=_note)
+        directory = _begun(command, table, genotype, out, memory_budget)
     progress_console = error_console if as_json else out_console
     if not as_json:
         out_console.print(f"{directory.path}", markup=False, highlight=False)
     with directory.locked(), observer(progress_console) as watching:
         carry_out(directory, watching)
+    if not ranks.leads():
+        return
     again = [recipe or directory.table["name"], *(f"--set={item}" for item in overrides or [])]
     _conclude(directory, as_json, again + ([f"--seed={seed}"] if seed is not None else []))
+
+
+def _begun(
+    command: str, table: dict[str, Any], genotype: AnyGenotype | None, out: Path | None, memory_budget: float | None
+) -> RunDirectory:
+    """The directory of a new run; of a data-parallel one, the first process makes it."""
+    from runs.directory import open_run
+    from runs.launch import begin
+    from runs.recipe import build
+
+    if ranks.world() > 1:
+        table.setdefault("shards", ranks.world())
+        build(table)  # in all of them: whether the shards can be dealt out
+
+    def made() -> str:
+        return str(begin(command, table, genotype, out, memory_budget=memory_budget, say=_note).path)
+
+    return open_run(Path(ranks.first(made)))
 
 
 def _note(line: str) -> None:

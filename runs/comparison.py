@@ -71,12 +71,12 @@ def plan(recipe: Recipe) -> list[Task]:
         counts = {f"measure/{first.name}", f"measure/{contender.name}"} if part.equal == "passes" else set()
         for seed, teacher in zip(part.seeds, taught, strict=True):
             name = f"train/{contender.name}-{seed}"
-            tasks.append(Task(name, (*sorted(counts), *teacher), _train(contender, seed)))
+            tasks.append(Task(name, (*sorted(counts), *teacher), _train(contender, seed), together=True))
     compressed = [contender for contender in part.contenders if contender.compress is not None]
     for contender in compressed:
         for seed in part.seeds:
             parent = (f"train/{contender.network}-{seed}",)
-            tasks.append(Task(f"train/{contender.name}-{seed}", parent, _compress(contender, seed)))
+            tasks.append(Task(f"train/{contender.name}-{seed}", parent, _compress(contender, seed), together=True))
     for name in dict.fromkeys(contender.network for contender in compressed):
         group = [name, *(contender.name for contender in compressed if contender.network == name)]
         needs = tuple(f"train/{one}-{part.seeds[0]}" for one in group)
@@ -86,7 +86,7 @@ def plan(recipe: Recipe) -> list[Task]:
     for contender in judged:
         for seed in part.seeds:
             needs = (f"train/{contender.folder}-{seed}",)
-            tasks.append(Task(f"evaluate/{contender.name}-{seed}", needs, _evaluate(contender, seed)))
+            tasks.append(Task(f"evaluate/{contender.name}-{seed}", needs, _evaluate(contender, seed), together=True))
             if contender.certify is not None:
                 tasks.append(Task(f"certify/{contender.name}-{seed}", needs, _certify(contender, seed)))
     return [*tasks, Task("report", tuple(task.name for task in tasks), _report)]

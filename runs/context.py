@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from nas import ranks
 from nas.analysis.complexity import with_parameters
 from nas.analysis.throughput import throughput
 from nas.data.image_data import ImageData
 from nas.data.split import Split, split
 from nas.errors import InputError
 from nas.model_file import ModelSpec
+from nas.shards import Shards
 from nas.training.cost_sensitive import protected_by
 from runs.directory import RunDirectory
 from runs.judging import Bench, Tick
@@ -36,6 +38,11 @@ class Context:
     def device(self) -> torch.device:
         """The device of the recipe."""
         return device_of(self.recipe.general.device)
+
+    @property
+    def shards(self) -> Shards:
+        """Into what batches are cut, and which parts are this process's."""
+        return Shards(self.recipe.general.shards)
 
     @property
     def seed(self) -> int:
@@ -75,10 +82,10 @@ class Context:
 def device_of(name: str) -> torch.device:
     """The device a recipe names; "auto" is cuda where there is one."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("device = 'cuda', but this machine has no usable GPU: use --set device=cpu")
-    return torch.device(name)
+    return torch.device(name, ranks.local_rank()) if name == "cuda" and ranks.world() > 1 else torch.device(name)
 
 
 def model_folder(run: RunDirectory, model: str) -> Path:
@@ -105,4 +112,5 @@ def bench_of(context: Context) -> Bench:
         context.seed,
         recipe.evaluate.batch_size,
         context.tick,
+        context.shards,
     )

@@ -16,7 +16,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from nas import plugins
+from nas import plugins, ranks
 from nas.errors import InputError
 from nas.tensor_file import write_text
 from search_spaces.native.library import why_not
@@ -80,27 +80,39 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Within it, no other process works on this run. Raises ``InputError`` if one does."""
+        """Within it, no other run works on this directory. Raises ``InputError`` if one does."""
+        with ExitStack() as held:
+            ranks.first(lambda: self._lock(held))
+            if not ranks.leads():
+                held.enter_context(self.working())
+            yield
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Within it, a process works for the one that has locked this run, which no other locks until it ends."""
+        with open(self.path / "lock.workers", "a", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            yield
+
+    def _lock(self, held: ExitStack) -> None:
         try:
-            file = open(self.path / "lock", "a+", encoding="utf-8")  # noqa: SIM115 - closed below
+            file = held.enter_context(open(self.path / "lock", "a+", encoding="utf-8"))  # noqa: SIM115 - entered here
         except OSError as error:
             raise InputError(f"cannot write to {self.path}: {error.strerror}") from None
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise InputError(
-                    f"{self.path} is in use by process {file.read().strip() or 'unknown'}: wait for it or stop it"
-                ) from None
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            # A killed run's workers may need a moment to follow it; until then they could still write.
-            with open(self.path / "lock.workers", "a", encoding="utf-8") as workers:
-                _wait_for_lock(workers, self.path)
-            # Released again: the workers of this process hold it, shared, while they live.
-            yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(
+                f"{self.path} is in use by process {file.read().strip() or 'unknown'}: wait for it or stop it"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        # A killed run's workers may need a moment to follow it; until then they could still write.
+        with open(self.path / "lock.workers", "a", encoding="utf-8") as workers:
+            _wait_for_lock(workers, self.path)
+        # Released again: the workers of this process hold it, shared, while they live.
 
 
 def create(

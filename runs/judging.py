@@ -10,11 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nas import ranks
 from nas.evaluation.corruptions import corruption_accuracy
 from nas.evaluation.curves import epsilon_curve, step_curve, transfer
 from nas.evaluation.robustness import Trial, evaluate
 from nas.evaluation.suspicion import suspicions
 from nas.model_file import weights_digest
+from nas.shards import Shards
 from nas.threat_model import ThreatModel
 
 Tick = Callable[[float], None]
@@ -30,6 +32,7 @@ class Bench:
     seed: int
     batch_size: int = 512
     tick: Tick = field(default=lambda progress: None)
+    shards: Shards = field(default_factory=Shards)
 
 
 def judge(
@@ -56,15 +59,21 @@ def judge(
         trials,
         seed=bench.seed,
         batch_size=bench.batch_size,
+        shards=bench.shards,
         progress_file=folder / "progress.safetensors",
         tick=lambda progress: bench.tick(attacks * progress),
     )
-    checks = suspicions(model, x, y, evaluation, bench.threat_model, seed=bench.seed, surrogates=surrogates)
+    checks: list[dict[str, Any]] = ranks.first(
+        lambda: [
+            dataclasses.asdict(check)
+            for check in suspicions(model, x, y, evaluation, bench.threat_model, seed=bench.seed, surrogates=surrogates)
+        ]
+    )
     result = {
         **evaluation.to_data(),
         "seed": bench.seed,
         "digest": weights_digest(model),
-        "checks": [dataclasses.asdict(check) for check in checks],
+        "checks": checks,
     }
     if surrogates:
         result["transfer"] = transfer(

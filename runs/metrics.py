@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from nas import ranks
 from nas.tensor_file import write_text
 from search_spaces.genotype import Genotype, genotype_from_data
 
@@ -34,11 +35,14 @@ class MetricsLog:
     def restore(self, records: list[dict[str, Any]]) -> None:
         """Begin with ``records``, dropping lines written after the checkpoint they came from."""
         write_text("".join(json.dumps(record) + "\n" for record in records), self.path)
-        self.writer = _writer(self.folder, len(records))
+        if ranks.leads():
+            self.writer = _writer(self.folder, len(records))
         self.cells = _cells(records[-1]) if records else {}
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append one record."""
+        """Append one record. Of a data-parallel run, the first process does."""
+        if not ranks.leads():
+            return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         epoch = record["epoch"]

@@ -98,6 +98,7 @@ def train_in(
             validation_attack=context.recipe.train.validation_attack,
             seed=derived_seed(context.seed, f"train {purpose}"),
             extra=context.recipe.data.extra,
+            shards=context.shards,
             checkpoint=folder / "checkpoint.safetensors",
             log=log,
             history=history,

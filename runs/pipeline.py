@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -23,7 +22,7 @@ from unittest import mock
 
 import torch
 
-from nas import plugins
+from nas import plugins, ranks
 from nas.errors import Failure, InputError, of_the_machine
 from runs import comparison
 from runs.context import Context, device_of
@@ -47,6 +46,9 @@ def carry_out(run: RunDirectory, observer: Observer) -> None:
     recipe = build(run.table)
     device_of(recipe.general.device)
     tasks = _plan(run, recipe)
+    if ranks.world() > 1:
+        _carry_out_together(run, recipe, tasks, observer)
+        return
     pending = [task for task in tasks if run.result(task.name) is None]
     for task in tasks:
         if task not in pending:
@@ -60,6 +62,18 @@ def carry_out(run: RunDirectory, observer: Observer) -> None:
     _carry_out_in_workers(run, recipe.general.workers, pending, observer)
 
 
+def _carry_out_together(run: RunDirectory, recipe: Recipe, tasks: list[Task], observer: Observer) -> None:
+    """All processes of a data-parallel run go through the tasks, one by one."""
+    pending: list[str] = ranks.first(lambda: [task.name for task in tasks if run.result(task.name) is None])
+    for task in tasks:
+        if task.name not in pending:
+            observer.finished(task.name, 0.0)
+            continue
+        observer.started(task.name)
+        work = partial(_do, run, recipe, task, partial(observer.progressed, task.name))
+        observer.finished(task.name, work() if task.together else ranks.first(work))
+
+
 def _plan(run: RunDirectory, recipe: Recipe) -> list[Task]:
     """What the command that began the run consists of."""
     return comparison.plan(recipe) if run.command == "compare" else plan(recipe, run.command)
@@ -68,7 +82,8 @@ def _plan(run: RunDirectory, recipe: Recipe) -> list[Task]:
 def _do(run: RunDirectory, recipe: Recipe, task: Task, tick: Callable[[float], None]) -> float:
     """Carry out one task in this process; returns its seconds."""
     general = recipe.general
-    torch.set_num_threads(general.threads if task.alone else max(1, general.threads // general.workers))
+    beside = ranks.beside() if ranks.world() > 1 else 1 if task.alone else general.workers
+    torch.set_num_threads(max(1, general.threads // beside))
     start = time.monotonic()
     result = task.work(Context(run, recipe, tick))
     seconds = time.monotonic() - start
@@ -171,9 +186,8 @@ def _work(connection: Connection, path: str, parent: int) -> None:
     # Ctrl-C reaches the whole group; the parent decides, workers just end with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     plugins.use_named()
-    with open(Path(path) / "lock.workers", "a", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        run = open_run(Path(path))
+    run = open_run(Path(path))
+    with run.working():
         recipe = build(run.table)
         tasks = {task.name: task for task in _plan(run, recipe)}
         while True:

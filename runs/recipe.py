@@ -21,6 +21,7 @@ from nas.search.architecture_gradient import FirstOrder, Unrolled
 from nas.search.bilevel import Search
 from nas.search.perturbation_memory import check_can_start
 from nas.search.relaxation import Mixture, SampledPath
+from nas.shards import Shards
 from nas.threat_model import ThreatModel
 from nas.training.extra_images import ExtraImages
 from nas.training.loop import Training
@@ -44,7 +45,8 @@ class General:
 
     device: "cpu", "cuda" or "auto" (cuda if there is one). workers: tasks carried out at once, each in its own
     process. threads: CPU threads; the search uses all, other tasks share them among the workers. Results depend on the
-    number of threads in their last bits, so it belongs to the recipe.
+    number of threads in their last bits, so it belongs to the recipe. shards: parts that batches are cut into; they can
+    be dealt out to as many processes by torchrun, or to fewer.
     """
 
     name: str
@@ -52,12 +54,14 @@ class General:
     device: str = "auto"
     workers: int = 1
     threads: int = 1
+    shards: int = 1
 
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda", "auto"):
             raise InputError(f"device must be 'cpu', 'cuda' or 'auto', not '{self.device}'")
         if self.workers < 1 or self.threads < 1:
             raise InputError("workers and threads must be at least 1")
+        Shards(self.shards)
         if not 0 <= self.seed < 2**63:
             raise InputError("seed must be an integer from 0 to 2^63 - 1")
         if not self.name or not all(c.isalnum() or c in "-_" for c in self.name):

@@ -43,19 +43,21 @@ from search_spaces.genotype import AnyGenotype, Genotype, genotype_from_data, wr
 class Task:
     """A unit of work that is done or not: its name, which is its folder, what must be done before, and the work.
 
-    alone: everything else waits for it, so it may use all threads.
+    alone: everything else waits for it, so it may use all threads. together: the processes of a data-parallel run share
+    the work; what is not is done by the first of them.
     """
 
     name: str
     needs: tuple[str, ...]
     work: Callable[[Context], dict[str, Any]]
     alone: bool = False
+    together: bool = False
 
 
 def plan(recipe: Recipe, command: str) -> list[Task]:
     """The tasks of ``nas run``, ``nas search`` or ``nas train``, each after those it needs."""
     tasks = [
-        Task("search", (), _given if command == "train" else _search, alone=True),
+        Task("search", (), _given, alone=True) if command == "train" else Task("search", (), _search, True, True),
         Task("analyse", ("search",), _analyse),
     ]
     if command == "search":
@@ -68,13 +70,13 @@ def plan(recipe: Recipe, command: str) -> list[Task]:
     models = list(networks)
     for name in networks:
         # The plain baseline does not depend on what was found.
-        tasks.append(Task(f"train/{name}", ("search" if name == "plain" else "analyse",), _train(name)))
+        tasks.append(Task(f"train/{name}", ("search" if name == "plain" else "analyse",), _train(name), together=True))
         if name == "searched" and full and recipe.compress is not None:
-            tasks.append(Task("compress", ("train/searched",), _compress))
+            tasks.append(Task("compress", ("train/searched",), _compress, together=True))
             models.insert(0, "compressed")
     for name in models:
         trained = "compress" if name == "compressed" else f"train/{name}"
-        tasks.append(Task(f"evaluate/{name}", (trained,), _evaluate(name)))
+        tasks.append(Task(f"evaluate/{name}", (trained,), _evaluate(name), together=True))
     exported = ("train/searched", "compress") if "compressed" in models else ("train/searched",)
     tasks.append(Task("export", exported, _export))
     before = [task.name for task in tasks]
@@ -101,6 +103,7 @@ def _search(context: Context) -> dict[str, Any]:
             objectives=search_objectives(part),
             attack=part.attack,
             seed=context.seed,
+            shards=context.shards,
             checkpoint=folder / "checkpoint.safetensors",
             log=metrics.log,
             history=metrics.restore,

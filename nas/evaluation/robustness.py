@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from nas.evaluation.interval import wilson
 from nas.model_state import constant, evaluating
 from nas.objective import Attack
 from nas.prediction import begin
-from nas.randomness import generator
+from nas.shards import Shards
 from nas.tensor_file import read_tree, write_tree
 
 
@@ -94,6 +95,7 @@ def evaluate(
     *,
     seed: int,
     batch_size: int = 512,
+    shards: Shards | None = None,
     progress_file: Path | None = None,
     tick: Callable[[float], None] = lambda progress: None,
 ) -> Evaluation:
@@ -102,8 +104,10 @@ def evaluate(
     Within a trial each restart attacks the samples that survived the earlier ones. After every restart the masks are
     written to ``progress_file``, from which a later call goes on to the same result. A model that answers at random is
     judged by single predictions of it, each a mean over its draws, and attacked as ``expectation.suited`` says.
+    shards: parts that the samples are cut into, for a data-parallel run.
     """
     check_images(x, y)
+    shards = shards or Shards()
     trials = {name: replace(trial, attack=suited(trial.attack, model)) for name, trial in trials.items()}
     natural: Tensor | None = None
     masks: dict[str, Tensor] = {}
@@ -125,8 +129,12 @@ def evaluate(
                 unit += 1
                 if unit <= done:
                     continue
-                begin(model, unit)
-                survivors = _attacked(model, x, y, survivors, trial.attack, name, restart, seed, batch_size)
+                numbered = {
+                    number: unit if shards.count == 1 else unit * shards.count + number for number in shards.own
+                }
+                streams = shards.generators(seed, f"evaluate {name}", restart, device=x.device)
+                of_shard = partial(_attacked, model, x, y, survivors, trial.attack, batch_size, numbered, streams)
+                survivors = shards.withstood(len(y), of_shard, x.device)
                 masks[name] = survivors
                 if progress_file is not None:
                     write_tree({"natural": natural, "masks": masks, "done": unit}, progress_file)
@@ -185,16 +193,17 @@ def _attacked(
     y: Tensor,
     survivors: Tensor,
     attack: Attack,
-    name: str,
-    restart: int,
-    seed: int,
     batch_size: int,
+    numbered: Mapping[int, int],
+    streams: Mapping[int, torch.Generator],
+    shard: int,
+    part: slice,
 ) -> Tensor:
-    """``survivors`` without the samples that one start of the attack breaks."""
-    randomness = generator(seed, f"evaluate {name}", restart, device=x.device)
-    survivors = survivors.clone()
+    """``survivors[part]`` without the samples that one start of the attack breaks."""
+    begin(model, numbered[shard])
+    x, y, survivors = x[part], y[part], survivors[part].clone()
     for rows in survivors.nonzero().squeeze(1).split(batch_size):
-        x_adv = attack(model, x[rows], y[rows], generator=randomness)
+        x_adv = attack(model, x[rows], y[rows], generator=streams[shard])
         with torch.no_grad():
             survivors[rows] = right(model(x_adv), y[rows])
     return survivors

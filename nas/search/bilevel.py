@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nas import ranks
 from nas.attacks.fixed import Fixed
 from nas.data.augmentation import Augmentation
 from nas.data.batches import batch_count, batches
@@ -27,7 +28,7 @@ from nas.errors import Diverged, InputError
 from nas.min_norm import min_norm_direction
 from nas.model_state import evaluating, frozen_statistics
 from nas.objective import Attack, Batch, Objective, State
-from nas.optimisation import Sgd, optimiser_tree, restore_optimiser, weight_step
+from nas.optimisation import Sgd, gradient_step, optimiser_tree, restore_optimiser
 from nas.precision import check_bfloat16, in_bfloat16
 from nas.randomness import generator
 from nas.search import monitor
@@ -35,6 +36,7 @@ from nas.search.architecture_gradient import FirstOrder, Loss, Unrolled, WeightS
 from nas.search.perturbation_memory import PerturbationMemory, check_can_start
 from nas.search.recomputation import recompute
 from nas.search.relaxation import Mixture, SampledPath
+from nas.shards import Shards, Step
 from nas.tensor_file import read_tree, write_tree
 from search_spaces.cell_space import CellSpace
 from search_spaces.genotype import Genotype
@@ -164,6 +166,7 @@ def search(
     objectives: Mapping[str, Objective],
     attack: Attack,
     seed: int,
+    shards: Shards | None = None,
     checkpoint: Path | None = None,
     log: Callable[[Record], None] = lambda record: None,
     history: Callable[[list[Record]], None] = lambda records: None,
@@ -172,10 +175,13 @@ def search(
     """Search ``space`` on the weights and architecture parts of ``split``.
 
     weight_objective is what the weights minimise, ``objectives`` what a stage may name; ``attack`` judges the supernet
-    after each epoch. Resumes from ``checkpoint`` to the same result. Raises ``Diverged`` for a non-finite loss.
+    after each epoch. shards: parts that batches are cut into, for a data-parallel run. Resumes from ``checkpoint`` to
+    the same result. Raises ``Diverged`` for a non-finite loss.
     """
     if len(split.weights) == 0 or len(split.architecture) == 0:
         raise InputError("no images for the architecture or none for the weights: set data.architecture above 0")
+    shards = shards or Shards()
+    shards.check(settings.batch_size, "search.batch_size")
     device = data.x_train.device
     for stage in settings.stages:
         for name in stage.objectives:
@@ -206,19 +212,22 @@ def search(
     architecture_steps = -(-steps // settings.architecture_every)
     for epoch in range(len(records), settings.epochs):
         stage = settings.stage_of(epoch)
-        attack_generator = generator(seed, "search attack", epoch, device=device)
-        method_generator = generator(seed, "search method", epoch, device=device)
+        attacks = shards.generators(seed, "search attack", epoch, device=device)
+        methods = shards.generators(seed, "search method", epoch, device=device)
         path_generator = generator(seed, "search path", epoch)
         sums: dict[str, float] = {}
         supernet.train()
         for step, (batch, held_out) in enumerate(_paired(data, split, settings, seed, epoch, steps)):
             progress = (epoch + step / steps) / settings.epochs
-            state = State(epoch, epoch * steps + step, progress, attack_generator, method_generator)
+            states = {
+                number: State(epoch, epoch * steps + step, progress, attacks[number], methods[number])
+                for number in shards.own
+            }
             if isinstance(supernet, SampledSupernet) and isinstance(settings.relaxation, SampledPath):
                 supernet.draw(path_generator, settings.relaxation.temperature(progress))
             architecture_values, weight_values = take_step(
                 supernet, settings, stage, weight_objective, objectives, batch,
-                held_out if step % settings.architecture_every == 0 else None, state, optimiser, adam, memory,
+                held_out if step % settings.architecture_every == 0 else None, states, optimiser, adam, memory, shards,
             )  # fmt: skip
             _add_means(sums, architecture_values, architecture_steps)
             _add_means(sums, weight_values, steps)
@@ -230,7 +239,10 @@ def search(
             )
         if isinstance(supernet, SampledSupernet):
             supernet.settle()
-        record = _epoch_record(space, supernet, data, split, settings, attack, seed, epoch, stage, sums)
+        if memory is not None:
+            memory.share()
+        ranks.check_same([*supernet.parameters(), *supernet.buffers()], "architecture parameters and weights")
+        record = _epoch_record(space, supernet, data, split, settings, attack, seed, epoch, stage, sums, shards)
         records.append(record)
         log(record)
         if checkpoint is not None:
@@ -267,25 +279,47 @@ def take_step(
     objectives: Mapping[str, Objective],
     batch: Batch,
     held_out: Batch | None,
-    state: State,
+    states: Mapping[int, State],
     optimiser: torch.optim.SGD,
     adam: torch.optim.Adam,
     memory: PerturbationMemory | None = None,
+    shards: Shards | None = None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """One step of the search: the architecture on ``held_out`` (None: it rests), then the weights on ``batch``.
 
-    The supernet is in train mode. Returns what the architecture's and the weights' part are logged with.
+    states: of each of this process's shards. The supernet is in train mode. Returns what the architecture's and the
+    weights' part are logged with.
     """
-    rate = settings.weights.rate(state.progress)
-    frozen = _with_fixed_attack(weight_objective, supernet, batch, state, memory)
+    shards = shards or Shards()
+    rate = settings.weights.rate(next(iter(states.values())).progress)
+    own = {
+        number: _Part(
+            part, states[number], _with_fixed_attack(weight_objective, supernet, part, states[number], memory)
+        )
+        for number, part in shards.parts(batch).items()
+    }
     values: dict[str, float] = {}
     if held_out is not None:
         values = _architecture_step(
-            supernet, settings, stage, objectives, frozen, batch, held_out, state, rate, optimiser, adam, memory
+            supernet, settings, stage, objectives, own, held_out, rate, optimiser, adam, memory, shards
         )
-    loss, metrics = frozen(supernet, batch, state)
-    weight_step(loss, supernet.weight_parameters(), optimiser, rate, settings.weights.clip)
-    return values, {"weight_loss": float(loss.detach()), "weight_accuracy": float(metrics["accuracy"])}
+    weights = supernet.weight_parameters()
+
+    def of_shard(number: int) -> Step:
+        loss, metrics = own[number].objective(supernet, own[number].batch, own[number].state)
+        return loss.detach(), [*torch.autograd.grad(loss, weights, allow_unused=True)], metrics
+
+    loss, gradients, metrics = shards.step(supernet, of_shard)
+    gradient_step(gradients, weights, optimiser, rate, settings.weights.clip)
+    return values, {"weight_loss": float(loss), "weight_accuracy": float(metrics["accuracy"])}
+
+
+class _Part(NamedTuple):
+    """A shard of a batch of the weights, and their objective with its attack carried out."""
+
+    batch: Batch
+    state: State
+    objective: Objective
 
 
 def _supernet(space: CellSpace, data: ImageData, settings: Search, seed: int) -> Supernet:
@@ -367,29 +401,47 @@ def _architecture_step(
     settings: Search,
     stage: Stage,
     objectives: Mapping[str, Objective],
-    weight_objective: Objective,
-    batch: Batch,
+    own: Mapping[int, _Part],
     held_out: Batch,
-    state: State,
     rate: float,
     optimiser: torch.optim.SGD,
     adam: torch.optim.Adam,
     memory: PerturbationMemory | None,
+    shards: Shards,
 ) -> dict[str, float]:
     """One Adam step on the architecture parameters; returns the losses of the stage's objectives and gamma."""
-    losses: dict[str, Tensor] = {}
+    losses: dict[tuple[int, str], Tensor] = {}
+    unseen = shards.parts(held_out)
+    now = 0  # the shard that losses are of
 
-    def loss_of(name: str, objective: Objective) -> Loss:
+    def mean(work: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
+        def of_shard(number: int) -> Sequence[Tensor]:
+            nonlocal now
+            now = number
+            return work()
+
+        return shards.mean(of_shard)
+
+    def loss_of(name: str, fixed: Mapping[int, Objective]) -> Loss:
         def evaluate() -> Tensor:
-            loss, _ = objective(supernet, held_out, state)
-            losses[name] = loss.detach()
+            loss, _ = fixed[now](supernet, unseen[now], own[now].state)
+            losses[now, name] = loss.detach()
             return loss
 
         return evaluate
 
+    def weight_loss() -> Tensor:
+        return own[now].objective(supernet, own[now].batch, own[now].state)[0]
+
     with frozen_statistics(supernet):
         closures = [
-            loss_of(name, _with_fixed_attack(objectives[name], supernet, held_out, state, memory))
+            loss_of(
+                name,
+                {
+                    number: _with_fixed_attack(objectives[name], supernet, part, own[number].state, memory)
+                    for number, part in unseen.items()
+                },
+            )
             for name in stage.objectives
         ]
         weight_step_taken = WeightStep(
@@ -398,14 +450,13 @@ def _architecture_step(
             settings.weights.weight_decay,
             [optimiser.state[weight].get("momentum_buffer") for weight in supernet.weight_parameters()],
         )
-        gradients = settings.gradient(
-            supernet, lambda: weight_objective(supernet, batch, state)[0], closures, weight_step_taken
-        )
+        gradients = settings.gradient(supernet, weight_loss, closures, weight_step_taken, mean)
     scaled = [
         gradient * (stage.adversarial_gradient_scale if name == "adversarial" else 1.0)
         for name, gradient in zip(stage.objectives, gradients, strict=True)
     ]
-    values = {f"{name}_loss": float(loss) for name, loss in losses.items()}
+    reached = shards.mean(lambda number: [losses[number, name] for name in stage.objectives])
+    values = {f"{name}_loss": float(loss) for name, loss in zip(stage.objectives, reached, strict=True)}
     if stage.combine == "min_norm":
         direction, gamma = min_norm_direction(scaled[0], scaled[1])
         values["gamma"] = gamma
@@ -432,21 +483,25 @@ def _epoch_record(
     epoch: int,
     stage: Stage,
     values: dict[str, float],
+    shards: Shards,
 ) -> Record:
     """What is logged of an epoch: mean losses, accuracies on the architecture part, and the state of alpha."""
     device = data.x_train.device
     # The part is in a fixed order; a permutation drawn once per seed makes the judged images representative.
     order = torch.randperm(len(split.architecture), generator=generator(seed, "monitored"))[: settings.monitored]
     judged = split.architecture[order].to(device)
-    randomness = generator(seed, "monitor attack", epoch, device=device)
-    natural = robust = 0
+    counts = torch.zeros(2, device=device)
     with evaluating(supernet):
-        for batch in batches(data.x_train, data.y_train, judged, batch_size=settings.batch_size):
-            x_adv = attack(supernet, batch.x, batch.y, generator=randomness)
-            with torch.no_grad():
-                right = supernet(batch.x).argmax(1) == batch.y
-                natural += int(right.sum())
-                robust += int((right & (supernet(x_adv).argmax(1) == batch.y)).sum())
+        for number in shards.own:
+            randomness = shards.generator(number, seed, "monitor attack", epoch, device=device)
+            rows = judged[shards.rows(len(judged), number)]
+            for batch in batches(data.x_train, data.y_train, rows, batch_size=settings.batch_size):
+                x_adv = attack(supernet, batch.x, batch.y, generator=randomness)
+                with torch.no_grad():
+                    right = supernet(batch.x).argmax(1) == batch.y
+                    withstood = right & (supernet(x_adv).argmax(1) == batch.y)
+                    counts += torch.stack([right.sum(), withstood.sum()])
+    natural, robust = ranks.combined(counts, "sum").tolist()
     mixing = {kind: table.detach() for kind, table in supernet.mixing_weights().items()}
     genotype = space.discretise(mixing)
     return {

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nas import ranks
 from nas.errors import InputError
 from nas.objective import Attack, Batch
 from nas.threat_model import ThreatModel
@@ -28,6 +29,7 @@ class PerturbationMemory:
     def __init__(self, images: Tensor) -> None:
         """An empty memory for ``images`` [images, C, H, W], on their device."""
         self.deltas = torch.full(images.shape, torch.nan, dtype=torch.float16, device=images.device)
+        self._changed = torch.zeros(len(images), device=images.device)
 
     def attack(self, attack: Attack, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
         """``attack`` on ``batch``, begun at ``start``; its perturbations are remembered."""
@@ -53,6 +55,20 @@ class PerturbationMemory:
         kept = nn.functional.pad(self.deltas[batch.indices].flatten(2), (0, 1))
         kept.scatter_(2, places.expand(-1, kept.shape[1], -1), delta.flatten(2).to(kept.dtype))
         self.deltas[batch.indices] = kept[:, :, :-1].view(delta.shape)
+        self._changed[batch.indices] = 1
+
+    def share(self) -> None:
+        """Tell the other processes of a data-parallel run what was remembered since the last time, and hear of theirs.
+
+        Of an image that several have attacked, which can only be in epochs longer than the data, the mean is kept.
+        """
+        if ranks.world() == 1:
+            return
+        own = self._changed[:, None, None, None] > 0
+        heard = ranks.combined(torch.where(own, self.deltas, 0).float(), "sum")
+        times = ranks.combined(self._changed, "sum")[:, None, None, None]
+        self.deltas = torch.where(times > 0, heard / times, self.deltas.float()).half()
+        self._changed.zero_()
 
 
 def check_can_start(attack: object, where: str = "the attack") -> None:

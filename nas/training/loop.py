@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,16 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nas import ranks
 from nas.activations.annealing import anneal
 from nas.activations.transfer import activation_parameters
 from nas.data.augmentation import Augmentation
 from nas.data.batches import batch_count, batches
 from nas.data.image_data import ImageData
 from nas.data.split import Split
+from nas.defences.noise import NoiseEnsemble
 from nas.errors import Diverged, InputError
 from nas.model_state import evaluating
 from nas.objective import (
     Attack,
+    Batch,
+    Metrics,
     Objective,
     Remembers,
     Replays,
@@ -36,6 +40,7 @@ from nas.optimisation import Sgd, gradient_step, optimiser_tree, restore_optimis
 from nas.precision import Precision, passes_in
 from nas.prediction import begin
 from nas.randomness import generator
+from nas.shards import Shards
 from nas.tensor_file import read_tree, write_tree
 from nas.training.extra_images import ExtraImages
 from nas.training.overfitting import collapse_warning, robust_overfitting
@@ -105,6 +110,7 @@ def train(
     validation_attack: Attack,
     seed: int,
     extra: ExtraImages | None = None,
+    shards: Shards | None = None,
     checkpoint: Path | None = None,
     log: Callable[[Record], None] = lambda record: None,
     history: Callable[[list[Record]], None] = lambda records: None,
@@ -115,7 +121,8 @@ def train(
     Best means highest robust accuracy on ``split.validation``, then highest natural accuracy, then latest; epochs in
     which an activation still hardens (``nas.activations.annealing``) do not count. The
     state is written to ``checkpoint`` after every epoch; a later call with the same arguments goes on from there
-    to the same result. extra: images that make up a share of every batch. ``log`` gets each epoch's record, ``history``
+    to the same result. extra: images that make up a share of every batch. shards: parts that batches are cut
+    into, for a data-parallel run. ``log`` gets each epoch's record, ``history``
     once all records so far, ``tick`` the progress. A validated record says by how much robust accuracy is below the
     best so far (``robust_overfitting``), and warns of catastrophic overfitting. What ``objective`` asks for beyond a
     loss (see ``nas.objective``) is heeded; it is prepared here, in the folder of ``checkpoint``. Raises ``Diverged``
@@ -123,10 +130,14 @@ def train(
     """
     if len(split.validation) == 0:
         raise InputError("no validation images to choose a checkpoint by: set data.validation above 0")
+    shards = shards or Shards()
+    shards.check(training.batch_size, "train.batch_size")
     device = data.x_train.device
     folder = None if checkpoint is None else checkpoint.parent
     objective = prepared(objective, Setting(model, data, split, seed, training.epochs, training.batch_size, folder))
     memory, start = kept_by(objective, Remembers), kept_by(objective, StartsFrom)
+    if shards.count > 1:
+        _check_shards(model, memory)
     if start is not None:
         weights = start.initial_weights()
         if weights.keys() != model.state_dict().keys():
@@ -168,8 +179,8 @@ def train(
     history(records)
 
     for epoch in range(len(records), training.epochs):
-        attack_generator = generator(seed, "attack", epoch, device=device)
-        method_generator = generator(seed, "method", epoch, device=device)
+        attacks = shards.generators(seed, "attack", epoch, device=device)
+        methods = shards.generators(seed, "method", epoch, device=device)
         sums: dict[str, Tensor] = {}
         losses: list[Tensor] = []
         anneal(model, epoch, training.epochs)
@@ -186,9 +197,13 @@ def train(
         )
         for step, batch in enumerate(batch for batch in epoch_batches for _ in range(replays)):
             progress = (epoch + step / steps) / training.epochs
-            state = State(epoch, epoch * steps + step, progress, attack_generator, method_generator)
+            states = {
+                number: State(epoch, epoch * steps + step, progress, attacks[number], methods[number])
+                for number in shards.own
+            }
             with passes_in(training.precision, model, device):
-                loss, gradients, metrics = gradients_of(objective, model, batch, state, parameters)
+                of_shard = partial(_of_shard, objective, model, parameters, shards.parts(batch), states)
+                loss, gradients, metrics = shards.step(model, of_shard)
             rate, clip = training.optimiser.rate(progress), training.optimiser.clip
             gradient_step(gradients, parameters, optimiser, rate, clip)
             if average is not None:
@@ -215,7 +230,7 @@ def train(
             judged = model if average is None or average.network is None else average.network
             # An activation that has not hardened yet is not the one that was asked for.
             finished = anneal(judged, epoch, training.epochs)
-            validation = validate(judged, data, split.validation, validation_attack, seed, training.batch_size)
+            validation = validate(judged, data, split.validation, validation_attack, seed, training.batch_size, shards)
             record |= {"validation_natural": validation.natural, "validation_robust": validation.robust}
             record["robust_overfitting"] = robust_overfitting(records, validation.robust)
             if warning := collapse_warning([*records, record]):
@@ -223,6 +238,7 @@ def train(
             key = (validation.robust, validation.natural)
             if finished and key >= best_key:
                 best_state, best_key = _copy(judged), key
+        ranks.check_same([*model.parameters(), *model.buffers()], "weights")
         records.append(record)
         log(record)
         if checkpoint is not None:
@@ -243,21 +259,53 @@ def train(
 
 
 def validate(
-    model: nn.Module, data: ImageData, indices: Tensor, attack: Attack, seed: int, batch_size: int
+    model: nn.Module,
+    data: ImageData,
+    indices: Tensor,
+    attack: Attack,
+    seed: int,
+    batch_size: int,
+    shards: Shards | None = None,
 ) -> Validation:
     """Natural accuracy and accuracy under ``attack`` on the training images ``indices``, in eval mode."""
+    shards = shards or Shards()
     device = data.x_train.device
-    randomness = generator(seed, "validation", device=device)
-    natural = robust = torch.zeros((), device=device)
+    counts = torch.zeros(2, device=device)
     begin(model)
     with evaluating(model):
-        for batch in batches(data.x_train, data.y_train, indices.to(device), batch_size=max(batch_size, 256)):
-            x_adv = attack(model, batch.x, batch.y, generator=randomness)
-            with torch.no_grad():
-                right = model(batch.x).argmax(1) == batch.y
-                natural = natural + right.sum()
-                robust = robust + (right & (model(x_adv).argmax(1) == batch.y)).sum()
-    return Validation(float(natural) / len(indices), float(robust) / len(indices))
+        for number in shards.own:
+            randomness = shards.generator(number, seed, "validation", device=device)
+            rows = indices[shards.rows(len(indices), number)].to(device)
+            for batch in batches(data.x_train, data.y_train, rows, batch_size=max(batch_size, 256)):
+                x_adv = attack(model, batch.x, batch.y, generator=randomness)
+                with torch.no_grad():
+                    right = model(batch.x).argmax(1) == batch.y
+                    withstood = right & (model(x_adv).argmax(1) == batch.y)
+                    counts += torch.stack([right.sum(), withstood.sum()])
+    natural, robust = ranks.combined(counts, "sum").tolist()
+    return Validation(natural / len(indices), robust / len(indices))
+
+
+def _of_shard(
+    objective: Objective,
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    parts: Mapping[int, Batch],
+    states: Mapping[int, State],
+    number: int,
+) -> tuple[Tensor, list[Tensor | None], Metrics]:
+    return gradients_of(objective, model, parts[number], states[number], parameters)
+
+
+def _check_shards(model: nn.Module, memory: Remembers | None) -> None:
+    """Raise ``InputError`` for what cannot be trained on one shard of a batch after another."""
+    if memory is not None:
+        raise InputError(
+            f"{type(memory).__name__} carries a state from batch to batch, which shards of them have not: set "
+            "shards = 1"
+        )
+    if any(isinstance(module, NoiseEnsemble) for module in model.modules()):
+        raise InputError("a network that answers at random draws from one stream, shards from several: set shards = 1")
 
 
 def _kept(records: list[Record], checkpoint: Path | None) -> str:
