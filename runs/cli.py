@@ -15,6 +15,7 @@ from nas import ranks
 from nas.errors import Failure, InputError, nearest, of_the_machine
 from runs.cli_analyse import analyse
 from runs.cli_finished import attack, compress, export, report
+from runs.cli_launch import launch
 from runs.cli_start import doctor, new, welcome
 from runs.cli_study import study
 from runs.directory import RunDirectory, program_version
@@ -383,7 +384,7 @@ def _runs(folder: Path) -> dict[str, str]:
     return rows
 
 
-for _command in (analyse, compress, attack, export, report, doctor, new):
+for _command in (analyse, compress, attack, export, report, launch, doctor, new):
     app.command()(_command)
 app.add_typer(study, name="study")
 

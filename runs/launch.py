@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,22 @@ from runs.tasks import recomputes_within
 from search_spaces.genotype import AnyGenotype, Genotype
 from search_spaces.native import library
 
-OTHERS = {"compare": "compare", "study": "study width-depth"}
+STUDY = "study width-depth"
+OTHERS = {"compare": "compare", "study": STUDY}
 """Which command a recipe without a search is for, by the table it has."""
+
+
+def command_for(table: Mapping[str, Any]) -> str:
+    """The command that a recipe is for."""
+    for key in OTHERS:
+        if key in table:
+            return OTHERS[key]
+    if "search" in table:
+        return "run"
+    raise InputError(
+        f"recipe '{table['name']}' has no search, comparison or study: nas train with --genotype is for it"
+    )
+
 
 Say = Callable[[str], None]
 
@@ -30,8 +44,9 @@ def begin(
     memory_budget: float | None = None,
     say: Say = lambda line: None,
 ) -> RunDirectory:
-    """The directory of a new run of ``command`` (run, search, train, compare) by the recipe ``table``.
+    """The directory of a new run by the recipe ``table``.
 
+    command: "run", "search", "train", "compare" or "study width-depth".
     genotype: what is trained, of "train". memory_budget: GiB that the search may use. say: gets notes, a line each.
     Raises ``InputError`` for anything that is wrong; nothing has been written then.
     """
@@ -39,6 +54,10 @@ def begin(
     device_of(recipe.general.device)
     if command == "compare":
         genotype = read_genotype_of(recipe)
+    elif command == STUDY:
+        from runs.study import plan  # Optuna takes a second to import
+
+        plan(recipe)
     elif command in ("run", "search") and "search" not in table:
         other = next((f"nas {way} {recipe.general.name}" for key, way in OTHERS.items() if key in table), "nas train")
         raise InputError(f"recipe '{recipe.general.name}' has no [search] table: {other} is what it is for")
