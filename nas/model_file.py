@@ -152,6 +152,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[ModelS
         raise InputError(f"{path} is not JSON ({error})") from None
     try:
         spec = ModelSpec.from_data(data)
+        _check_size(spec)
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and replaced
             model = spec.build()
     except InputError as error:
@@ -160,6 +161,18 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[ModelS
         raise InputError(f"{path}: {error}") from None
     load_weights(model, folder / "model.safetensors")
     return spec, model.to(device).eval()
+
+
+LARGEST = 2_000_000_000
+"""Weights of the largest network that is built from a file: 8 GB, a hundred times a wide residual network."""
+
+
+def _check_size(spec: ModelSpec) -> None:
+    """Raise ``InputError`` for a description that would fill the memory; what it takes is counted without taking it."""
+    from nas.analysis.complexity import parameters_of
+
+    if (count := parameters_of(replace(spec, plans=()))) > LARGEST:
+        raise InputError(f"it describes a network of {count:,} weights; up to {LARGEST:,} are built")
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -107,12 +107,11 @@ def recommend(
 ) -> None:
     """The best configuration within a budget, its evidence, and a recipe that trains it."""
     from nas.tensor_file import write_text
-    from runs.directory import make_folder
+    from runs.directory import make_folder, write_json
     from runs.study import collect, storage_of, table
     from runs.study_record import recommend as recommendation_of
     from runs.study_record import shape, toml
     from runs.study_space import Configuration
-    from search_spaces.genotype import write_genotype
 
     run = open_study_run(folder)
     results = collect(run, storage_of(run, storage))
@@ -123,7 +122,7 @@ def recommend(
     place = out or run.path / "recommended"
     make_folder(place)
     genotype, recipe = place / "genotype.json", place / "recipe.toml"
-    write_genotype(configuration.genotype, genotype)
+    write_json(configuration.genotype.to_data(), genotype)
     write_text(toml(training_recipe(run.table, configuration.channels)), recipe)
     if as_json:
         print(json.dumps({**found.to_data(), "genotype": str(genotype), "recipe": str(recipe)}))

@@ -64,8 +64,8 @@ class General:
         Shards(self.shards)
         if not 0 <= self.seed < 2**63:
             raise InputError("seed must be an integer from 0 to 2^63 - 1")
-        if not self.name or not all(c.isalnum() or c in "-_" for c in self.name):
-            raise InputError(f"name '{self.name[:40]}' may consist of letters, digits, '-' and '_' only")
+        if not 0 < len(self.name) <= 100 or not all(c.isalnum() or c in "-_" for c in self.name):
+            raise InputError(f"name '{self.name[:40]}' may consist of up to 100 letters, digits, '-' and '_' only")
 
 
 @dataclass(frozen=True)

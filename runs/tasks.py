@@ -30,13 +30,13 @@ from nas.tensor_file import write_text
 from nas.training.pgd_at import PgdAt
 from nas.training.standard import Standard
 from runs.context import Context, device_of, found_genotype, model_folder
-from runs.directory import flatten
+from runs.directory import flatten, write_json
 from runs.exporting import export_into
 from runs.metrics import MetricsLog, log_outcome
 from runs.networks import compress_into, evaluate_into, model_result, to_train, train_in
 from runs.recipe import Recipe, SearchPart
 from runs.reporting import outcome_of_search, report
-from search_spaces.genotype import AnyGenotype, Genotype, genotype_from_data, write_genotype
+from search_spaces.genotype import AnyGenotype, Genotype, genotype_from_data
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _search(context: Context) -> dict[str, Any]:
             history=metrics.restore,
             tick=context.tick,
         )
-    write_genotype(result.genotype, folder / "genotype.json")
+    write_json(result.genotype.to_data(), folder / "genotype.json")
     return {
         "genotype": result.genotype.to_data(),
         "mixing_weights": {kind: table.tolist() for kind, table in result.weights.items()},
@@ -144,7 +144,7 @@ def recomputes_within(recipe: Recipe, budget: float, say: Callable[[str], None])
 def _given(context: Context) -> dict[str, Any]:
     """The genotype named on the command line stands in for a search."""
     genotype = genotype_from_data(context.run.genotype)
-    write_genotype(genotype, context.run.folder("search") / "genotype.json")
+    write_json(genotype.to_data(), context.run.folder("search") / "genotype.json")
     return {"genotype": genotype.to_data(), "epochs": [], "warnings": []}
 
 

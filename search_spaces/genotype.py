@@ -207,11 +207,6 @@ def read_genotype(path: Path) -> AnyGenotype:
         raise GenotypeError(f"{path}: {error}") from None
 
 
-def write_genotype(genotype: AnyGenotype, path: Path) -> None:
-    """Write the JSON form."""
-    path.write_text(json.dumps(genotype.to_data(), indent=1) + "\n", encoding="utf-8")
-
-
 def _cell(data: object, kind: str) -> Cell:
     if not isinstance(data, list) or len(data) > MAX_NODES:
         raise GenotypeError(f"cell '{kind}' must be a list of at most {MAX_NODES} nodes")

@@ -67,17 +67,16 @@ class Plan:
     @staticmethod
     def from_data(data: object) -> Plan:
         """The plan in parsed JSON. Raises ``InputError`` naming what is wrong."""
+        wrong = InputError("a compression plan must have 'method' and 'layers' with name, action, reason and data")
         try:
-            assert isinstance(data, dict)
             layers = []
-            for layer in data["layers"]:
-                assert layer["action"] in ("masked", "replaced", "skipped") and isinstance(layer["data"], dict)
+            for layer in data["layers"]:  # type: ignore[index]
+                if layer["action"] not in ("masked", "replaced", "skipped") or not isinstance(layer["data"], dict):
+                    raise wrong
                 layers.append(LayerPlan(str(layer["name"]), layer["action"], str(layer["reason"]), layer["data"]))
-            return Plan(str(data["method"]), tuple(layers))
-        except (AssertionError, KeyError, TypeError):
-            raise InputError(
-                "a compression plan must have 'method' and 'layers' with name, action, reason and data"
-            ) from None
+            return Plan(str(data["method"]), tuple(layers))  # type: ignore[index]
+        except (KeyError, TypeError):
+            raise wrong from None
 
 
 def plan_for(method: Compression, model: nn.Module, setting: Setting | None = None) -> Plan:

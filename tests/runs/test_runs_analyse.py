@@ -15,9 +15,10 @@ import torch
 from tiny_runs import nas
 
 from nas.analysis.topology import STATISTICS
+from runs.directory import write_json
 from search_spaces import darts, dsara
 from search_spaces.catalogue import load_genotype
-from search_spaces.genotype import StageGenotype, write_genotype
+from search_spaces.genotype import StageGenotype
 
 SMALL = ("--cells", "4", "--channels", "2", "--size", "8")
 
@@ -30,7 +31,7 @@ def files(tmp_path: Path) -> list[Path]:
     for number in range(10):
         paths.append(tmp_path / f"search-{number}" / "genotype.json")
         paths[-1].parent.mkdir()
-        write_genotype(dsara.SPACE.random(generator), paths[-1])
+        write_json(dsara.SPACE.random(generator).to_data(), paths[-1])
     return paths
 
 
@@ -117,11 +118,11 @@ def test_copies_are_pointed_out(files: list[Path]) -> None:
 
 def test_cells_of_one_kind(tmp_path: Path) -> None:
     path = tmp_path / "darts.json"
-    write_genotype(darts.SPACE.random(torch.Generator()), path)
+    write_json(darts.SPACE.random(torch.Generator()).to_data(), path)
     (only,) = nas("analyse", path, "--compare", "random:5", *SMALL, "--json").json()["comparisons"]
     assert (only["first"], only["second"]) == ("normal", "random")
     other = tmp_path / "other.json"
-    write_genotype(darts.SPACE.random(torch.Generator().manual_seed(1)), other)
+    write_json(darts.SPACE.random(torch.Generator().manual_seed(1)).to_data(), other)
     assert "random:200 sets them beside random ones" in nas("analyse", path, other, *SMALL).out
 
 
@@ -145,8 +146,8 @@ def test_cells_of_one_kind(tmp_path: Path) -> None:
     ids=str,
 )
 def test_populations_that_cannot_be(arguments: tuple[str, ...], word: str, tmp_path: Path) -> None:
-    write_genotype(darts.SPACE.random(torch.Generator()), tmp_path / "darts.json")
-    write_genotype(StageGenotype("plain", (1,), (4,)), tmp_path / "stages.json")
+    write_json(darts.SPACE.random(torch.Generator()).to_data(), tmp_path / "darts.json")
+    write_json(StageGenotype("plain", (1,), (4,)).to_data(), tmp_path / "stages.json")
     told = nas("analyse", *arguments, *SMALL)
     assert word in told.refusal
     assert not told.out or "--csv" in arguments

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from tiny_runs import nas, settings, small_recipe
 
-from search_spaces.genotype import StageGenotype, write_genotype
+from runs.directory import write_json
+from search_spaces.genotype import StageGenotype
 
 METHODS = {
     "noise": ("{name='self_ensemble', draws=3}", "mean of 3 draws of noise 0.2 before the first convolution"),
@@ -19,7 +20,7 @@ METHODS = {
 def ensemble_run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[Path, str]:
     """A plain network trained and compressed by a method that predicts by an ensemble, and what it says of that."""
     folder = tmp_path_factory.mktemp(request.param)
-    write_genotype(StageGenotype("plain", (2,), (4,)), folder / "genotype.json")
+    write_json(StageGenotype("plain", (2,), (4,)).to_data(), folder / "genotype.json")
     method, description = METHODS[request.param]
     changes = settings(f"train.method={method}", "train.epochs=2")
     for command in (

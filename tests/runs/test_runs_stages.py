@@ -9,8 +9,9 @@ import pytest
 from tiny_runs import nas
 
 from nas.model_file import load_model
+from runs.directory import write_json
 from search_spaces.catalogue import load_genotype
-from search_spaces.genotype import Genotype, write_genotype
+from search_spaces.genotype import Genotype
 from search_spaces.residual import wide
 
 
@@ -23,7 +24,7 @@ def test_a_residual_network_is_trained_by_a_recipe_for_cells(
     monkeypatch.setattr("nas.report.page.curves.curves", lambda *arguments, **more: "")
     monkeypatch.setattr("nas.report.page.curves.intervals", lambda *arguments: "")
     genotype = wide((1, 1), (1, 1), (8, 12), stem=4, se="residual", activation="silu")
-    write_genotype(genotype, tmp_path / "small.json")
+    write_json(genotype.to_data(), tmp_path / "small.json")
     size = [part for item in ("epochs=1", "channels=0", "parameters=9000") for part in ("--set", f"train.{item}")]
     outcome = nas("train", recipe_file, "--genotype", "small.json", "--out", "run", *size)
     assert outcome.status == 0, outcome.err
@@ -48,7 +49,7 @@ def test_analyse_counts_the_cells_that_depths_give(tmp_path: Path) -> None:
     genotype = load_genotype("arnas")
     assert isinstance(genotype, Genotype)
     layout = dataclasses.replace(genotype.layout, depths=(1, 2, 3))
-    write_genotype(dataclasses.replace(genotype, layout=layout), tmp_path / "deep.json")
+    write_json(dataclasses.replace(genotype, layout=layout).to_data(), tmp_path / "deep.json")
     assert "8 channels, 6 cells" in nas("analyse", "deep.json", "--channels", "8").out
     (data,) = nas("analyse", "deep.json", "--channels", "8", "--json").json()
     assert [cell["section"] for cell in data["complexity"]["cells"]] == [1, 2, 2, 3, 3, 3]

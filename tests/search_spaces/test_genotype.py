@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from runs.directory import write_json
 from search_spaces.catalogue import load_genotype
 from search_spaces.darts import SPACE as DARTS
 from search_spaces.dsara import SPACE as DSARA
@@ -18,7 +19,6 @@ from search_spaces.genotype import (
     StageGenotype,
     genotype_from_data,
     read_genotype,
-    write_genotype,
 )
 from search_spaces.layout import Layout
 
@@ -40,14 +40,14 @@ def test_random_genotypes_survive_json(space, tmp_path):
         assert again == genotype
         assert hash(again) == hash(genotype)
         assert again.digest == genotype.digest
-    write_genotype(genotype, tmp_path / "g.json")
+    write_json(genotype.to_data(), tmp_path / "g.json")
     assert read_genotype(tmp_path / "g.json") == genotype
 
 
 @pytest.mark.parametrize("genotype", [STAGES, OPTIONS, DEPTHS], ids=["stages", "options", "depths"])
 def test_other_genotypes_survive_json(genotype, tmp_path):
     assert genotype_from_data(json.loads(json.dumps(genotype.to_data()))) == genotype
-    write_genotype(genotype, tmp_path / "s.json")
+    write_json(genotype.to_data(), tmp_path / "s.json")
     assert read_genotype(tmp_path / "s.json") == genotype
 
 
