@@ -41,7 +41,7 @@ from runs.context import Context, bench_of, found_genotype, model_folder
 from runs.detecting import judge_detected
 from runs.directory import RunDirectory, flatten, open_run, read_json, write_json
 from runs.judging import judge
-from runs.networks import compress_into, model_result, to_train, train_in
+from runs.networks import compress_into, model_result, to_train, train_in, training_seed
 from runs.recipe import Recipe
 from runs.tasks import Task
 from search_spaces.catalogue import load_genotype, space_of
@@ -133,9 +133,12 @@ def _context(context: Context, contender: Contender, seed: int) -> Context:
 
 def _measure(contender: Contender) -> Work:
     def work(context: Context) -> dict[str, Any]:
-        inner = _context(context, contender, _part(context.recipe).seeds[0])
+        seed = _part(context.recipe).seeds[0]
+        inner = _context(context, contender, seed)
         _, model, objective = to_train(inner, genotype_from_data(context.run.genotype), NETWORK)
-        cost = measure(model, inner.data, inner.split, objective, contender.train.training, seed=inner.seed)
+        # The seed and folder of a training to come, so that what takes long to prepare is made once.
+        own, folder = training_seed(inner, NETWORK), context.run.folder(f"train/{contender.name}-{seed}")
+        cost = measure(model, inner.data, inner.split, objective, contender.train.training, seed=own, folder=folder)
         write_json({"memory": cost.memory}, context.run.folder(f"measure/{contender.name}") / "measured.json")
         return dataclasses.asdict(dataclasses.replace(cost, memory=None))
 

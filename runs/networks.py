@@ -96,7 +96,7 @@ def train_in(
             objective,
             training,
             validation_attack=context.recipe.train.validation_attack,
-            seed=derived_seed(context.seed, f"train {purpose}"),
+            seed=training_seed(context, purpose),
             extra=context.recipe.data.extra,
             shards=context.shards,
             checkpoint=folder / "checkpoint.safetensors",
@@ -104,6 +104,11 @@ def train_in(
             history=history,
             tick=context.tick,
         )
+
+
+def training_seed(context: Context, purpose: str) -> int:
+    """The seed of the training that is called ``purpose``."""
+    return derived_seed(context.seed, f"train {purpose}")
 
 
 def model_result(spec: ModelSpec, model: nn.Module, folder: Path, records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -98,14 +98,23 @@ class Cost:
 
 
 def measure(
-    model: nn.Module, data: ImageData, split: Split, objective: Objective, training: Training, *, seed: int
+    model: nn.Module,
+    data: ImageData,
+    split: Split,
+    objective: Objective,
+    training: Training,
+    *,
+    seed: int,
+    folder: Path | None = None,
 ) -> Cost:
     """The cost of ``training`` with ``objective``, from one step in the middle of it. ``model`` is spoilt by it.
 
+    folder: that of the training, which finds there what took long to prepare.
     The step is carried out twice: the first, not counted, makes what is made once.
     """
     with counted(model) as passes:
-        objective = prepared(objective, Setting(model, data, split, seed, training.epochs, training.batch_size))
+        setting = Setting(model, data, split, seed, training.epochs, training.batch_size, folder)
+        objective = prepared(objective, setting)
     preparation = passes.total
     x, y, indices = data.x_train, data.y_train, split.training.to(data.x_train.device)
     own, again = kept_by(objective, TrainsOn), kept_by(objective, Replays)

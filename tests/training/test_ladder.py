@@ -23,6 +23,7 @@ from nas.tensor_file import write_tree
 from nas.threat_model import ThreatModel
 from nas.training import ladder as ladder_module
 from nas.training import latent_boundary
+from nas.training.cost import measure
 from nas.training.ladder import FineTuning, Ladder
 from nas.training.latent_boundary import Boundaries, Decoder, fit_boundaries, fit_decoder, latent
 from nas.training.loop import Training, train
@@ -403,6 +404,16 @@ def test_stages_are_not_made_twice(data, parts, network, tmp_path, monkeypatch):
     monkeypatch.setattr(ladder_module, "fit_boundaries", None)  # calling it would fail
     again = _prepared(QUICK, network(), data, parts, tmp_path)
     assert torch.equal(first.pairs, again.pairs)
+
+
+def test_what_measuring_the_cost_prepares_the_training_finds(data, parts, network, tmp_path, monkeypatch):
+    whole = network()
+    records = _train(whole, data, parts, QUICK)
+    measure(network(), data, parts, QUICK, Training(epochs=2, batch_size=16), seed=3, folder=tmp_path)
+    monkeypatch.setattr(ladder_module, "fit_boundaries", None)  # calling it would fail
+    trained = network()
+    assert _train(trained, data, parts, QUICK, checkpoint=tmp_path / "checkpoint.safetensors") == records
+    assert torch.equal(_weights(trained), _weights(whole))
 
 
 @pytest.mark.parametrize("name", ["cells", "resnet", "vit"])
