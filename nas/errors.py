@@ -45,6 +45,13 @@ def of_the_machine(error: Exception) -> InputError | Failure | None:
     return None
 
 
+def check_schema(found: object, known: int, what: object) -> None:
+    """Raise ``InputError`` unless ``found`` is the version ``known`` of a file's format. what: names the file."""
+    if type(found) is not int or found != known:
+        newer = "; it was written by a newer program: update this one" if type(found) is int and found > known else ""
+        raise InputError(f"{what} is of schema version {str(found)[:40]}, this program reads version {known}{newer}")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint for a misspelt ``word``: the nearest of ``known``, or all of them where none is near."""
     names = sorted(known)

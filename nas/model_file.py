@@ -15,7 +15,7 @@ from torch import nn
 
 from nas.activations.activation import Activation, activation_from_data, activation_to_data, place
 from nas.compression.plan import Plan
-from nas.errors import InputError
+from nas.errors import InputError, check_schema
 from nas.prediction import Prediction, prediction_from_data
 from nas.tensor_file import read_tensors, write_bytes, write_text
 from search_spaces.catalogue import space_of
@@ -96,8 +96,9 @@ class ModelSpec:
     @staticmethod
     def from_data(data: object) -> ModelSpec:
         """The specification in parsed JSON. Raises ``InputError`` naming what is wrong."""
-        if not isinstance(data, dict) or type(data.get("schema")) is not int or data["schema"] != SCHEMA:
+        if not isinstance(data, dict):
             raise InputError(f"model.json must be an object of schema version {SCHEMA}")
+        check_schema(data.get("schema"), SCHEMA, "model.json")
         try:
             shape = data["input_shape"]
             spec = ModelSpec(

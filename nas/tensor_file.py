@@ -17,17 +17,21 @@ from safetensors.torch import save
 from torch import Tensor
 
 from nas import ranks
-from nas.errors import InputError
+from nas.errors import InputError, check_schema
 
 Tree = dict[str, Any]
 """Nested dictionaries with string keys; leaves are tensors or JSON values."""
+
+
+SCHEMA = 1
+"""Version of the form of these files; what a tree holds is the affair of those who write it."""
 
 
 def write_tree(tree: Tree, path: Path) -> None:
     """Write ``tree`` so that ``path`` holds either the old or the new content, whatever happens meanwhile."""
     tensors: dict[str, Tensor] = {}
     plain = _separate(tree, "", tensors)
-    write_bytes(save(tensors, metadata={"tree": json.dumps(plain)}), path)
+    write_bytes(save(tensors, metadata={"tree": json.dumps(plain), "schema": str(SCHEMA)}), path)
 
 
 def read_tree(path: Path, device: torch.device | str = "cpu") -> Tree:
@@ -37,6 +41,7 @@ def read_tree(path: Path, device: torch.device | str = "cpu") -> Tree:
             metadata = file.metadata() or {}
             if "tree" not in metadata:
                 raise InputError(f"{path} was not written by this program (no tree in its header)")
+            check_schema(int(metadata.get("schema", SCHEMA)), SCHEMA, path)  # absent from the first ones
             tree = json.loads(metadata["tree"])
             if not isinstance(tree, dict) or "tree" not in tree:
                 raise InputError(f"{path} is damaged: its header holds no tree")
@@ -82,7 +87,8 @@ def _write(content: bytes, path: Path) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = str(path)  # a full disk names none
+        if error.errno is not None:
+            error.filename = str(path)  # a full disk names none
         with suppress(OSError):
             temporary.unlink()
         raise

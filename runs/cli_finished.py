@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nas.errors import InputError
+from nas.errors import InputError, check_schema
 from runs.show import error_console, models_table, next_commands, out_console, throughput_table
 
 if TYPE_CHECKING:
@@ -287,7 +287,7 @@ def _compared(file: ExportedFile) -> str:
 def report(path: RunArgument) -> None:
     """Write the HTML page of a finished run again."""
     from runs.comparison import write_comparison_page
-    from runs.directory import open_run, read_json
+    from runs.directory import RESULTS_SCHEMA, open_run, read_json
     from runs.reporting import write_page
 
     run_directory = open_run(path)
@@ -298,6 +298,8 @@ def report(path: RunArgument) -> None:
     if not (path / "results.json").exists():
         raise InputError(f"{path} is not finished: nas {run_directory.command} --resume {path} finishes it")
     write = write_comparison_page if run_directory.command == "compare" else write_page
-    page = write(run_directory, read_json(path / "results.json"))
+    results = read_json(path / "results.json")
+    check_schema(results.get("schema") if isinstance(results, dict) else None, RESULTS_SCHEMA, path / "results.json")
+    page = write(run_directory, results)
     out_console.print(str(page), markup=False, highlight=False)
     next_commands(["open", page])

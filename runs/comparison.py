@@ -39,7 +39,7 @@ from runs.construct import plain
 from runs.contenders import ComparePart, Contender
 from runs.context import Context, bench_of, found_genotype, model_folder
 from runs.detecting import judge_detected
-from runs.directory import RunDirectory, flatten, open_run, read_json, write_json
+from runs.directory import RESULTS_SCHEMA, RunDirectory, flatten, open_run, read_json, write_json
 from runs.judging import judge
 from runs.networks import compress_into, model_result, to_train, train_in, training_seed
 from runs.recipe import Recipe
@@ -311,7 +311,7 @@ def collect(context: Context) -> dict[str, Any]:
     protected = {n for one in part.contenders for n in protected_by(one.train.objective, data.classes)}
     contenders = [_contender(run, part, contender, protected) for contender in part.contenders]
     results: dict[str, Any] = {
-        "schema": 1,
+        "schema": RESULTS_SCHEMA,
         "kind": "comparison",
         "name": recipe.general.name,
         "command": f"nas compare {recipe.general.name}",

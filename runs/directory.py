@@ -26,11 +26,12 @@ from typing import Any
 import torch
 
 from nas import plugins, ranks
-from nas.errors import InputError
+from nas.errors import InputError, check_schema
 from nas.tensor_file import write_text
 from search_spaces.native.library import why_not
 
-SCHEMA = 1
+SCHEMA, RESULTS_SCHEMA = 1, 1
+"""Versions of run.json and of results.json."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,9 @@ def open_run(path: Path) -> RunDirectory:
     if not (path / "run.json").is_file():
         raise InputError(f"{path} is not a run directory (it has no run.json)")
     data = read_json(path / "run.json")
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA or not isinstance(data.get("recipe"), dict):
-        raise InputError(f"{path / 'run.json'} is not of schema version {SCHEMA}")
+    if not isinstance(data, dict) or not isinstance(data.get("recipe"), dict):
+        raise InputError(f"{path / 'run.json'} does not describe a run (no recipe of schema version {SCHEMA} in it)")
+    check_schema(data.get("schema"), SCHEMA, path / "run.json")
     return RunDirectory(path, str(data.get("command")), data["recipe"], data.get("genotype"))
 
 

@@ -12,7 +12,7 @@ from nas.export.package import ExportedFile
 from nas.model_file import load_model
 from nas.report.verdict import verdict
 from runs.context import Context, bench_of, model_folder
-from runs.directory import RunDirectory, flatten, read_json, write_json
+from runs.directory import RESULTS_SCHEMA, RunDirectory, flatten, read_json, write_json
 from runs.exporting import describe
 from runs.metrics import log_outcome
 from runs.reproduction import command_of, recipe_text
@@ -124,7 +124,7 @@ def collect(context: Context) -> dict[str, Any]:
         models.append({"name": name, "role": role, **trained, **evaluation})
     exported = run.result("export") or {"files": []}
     results: dict[str, Any] = {
-        "schema": 1,
+        "schema": RESULTS_SCHEMA,
         "name": recipe.general.name,
         "command": command_of(run),
         "seed": recipe.general.seed,

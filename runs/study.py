@@ -35,7 +35,7 @@ from nas.errors import Diverged, Failure, InputError
 from nas.model_file import ModelSpec
 from nas.studies.observation import Observation
 from runs.context import Context, device_of
-from runs.directory import RunDirectory, flatten, open_run, read_json, write_json
+from runs.directory import RESULTS_SCHEMA, RunDirectory, flatten, open_run, read_json, write_json
 from runs.pipeline import die_with, start_alone, told_of
 from runs.progress import Observer
 from runs.recipe import Recipe, build
@@ -379,7 +379,7 @@ def collect(run: RunDirectory, storage: str) -> dict[str, Any]:
         if trial.state == TrialState.FAIL
     ]
     return {
-        "schema": 1,
+        "schema": RESULTS_SCHEMA,
         "kind": "study",
         "name": recipe.general.name,
         "command": f"nas study width-depth {recipe.general.name}",

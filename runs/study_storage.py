@@ -16,8 +16,11 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from nas.errors import InputError
+from nas.errors import InputError, check_schema
 from runs.study_part import Direction
+
+SCHEMA = 1
+"""Version of what trials hold."""
 
 JOURNAL = "journal.jsonl"
 """The file of a study's trials in its folder."""
@@ -107,6 +110,8 @@ def open_study(
         if "recipe" not in study.user_attrs:
             study.set_user_attr("recipe", json.loads(json.dumps(table)))
             study.set_user_attr("digest", digest)
+            study.set_user_attr("schema", SCHEMA)
+        check_schema(study.user_attrs.get("schema", SCHEMA), SCHEMA, f"the study in {without_password(where)}")
     except optuna.exceptions.StorageInternalError as error:
         close_storage(storage)
         raise _unreachable(where, error) from None

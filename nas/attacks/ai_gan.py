@@ -15,7 +15,7 @@ from torch.func import functional_call
 from nas.attacks.losses import margin
 from nas.attacks.targeted import TargetedPgd
 from nas.data.image_data import SMALLEST_SIDE
-from nas.errors import InputError
+from nas.errors import InputError, check_schema
 from nas.model_file import weights_digest
 from nas.model_state import crafting
 from nas.optimisation import weight_step
@@ -227,8 +227,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> FittedAiGan:
     tree = read_tree(path, device)
     try:
         about = tree["ai_gan"]["value"]
-        if about["schema"] != SCHEMA:
-            raise InputError(f"{path} has schema {about['schema']}, not {SCHEMA}: train the generator again")
+        check_schema(about["schema"], SCHEMA, path)
         network = Generator(int(about["input_shape"][0]), int(about["classes"]), int(about["settings"]["width"]))
         network.load_state_dict(tree["network"], assign=True)
         threat_model = ThreatModel(**about["threat_model"])
