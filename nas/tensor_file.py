@@ -31,7 +31,8 @@ def write_tree(tree: Tree, path: Path) -> None:
     """Write ``tree`` so that ``path`` holds either the old or the new content, whatever happens meanwhile."""
     tensors: dict[str, Tensor] = {}
     plain = _separate(tree, "", tensors)
-    write_bytes(save(tensors, metadata={"tree": json.dumps(plain), "schema": str(SCHEMA)}), path)
+    # One entry: safetensors writes several in an order of chance.
+    write_bytes(save(tensors, metadata={"tree": json.dumps({"schema": SCHEMA, **plain})}), path)
 
 
 def read_tree(path: Path, device: torch.device | str = "cpu") -> Tree:
@@ -41,10 +42,10 @@ def read_tree(path: Path, device: torch.device | str = "cpu") -> Tree:
             metadata = file.metadata() or {}
             if "tree" not in metadata:
                 raise InputError(f"{path} was not written by this program (no tree in its header)")
-            check_schema(int(metadata.get("schema", SCHEMA)), SCHEMA, path)  # absent from the first ones
             tree = json.loads(metadata["tree"])
             if not isinstance(tree, dict) or "tree" not in tree:
                 raise InputError(f"{path} is damaged: its header holds no tree")
+            check_schema(tree.pop("schema", SCHEMA), SCHEMA, path)  # absent from the first ones
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None

@@ -45,6 +45,7 @@ def test_a_search_on_two_processes_is_that_on_one(tmp_path: Path) -> None:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
 
 
+@pytest.mark.slow
 def test_what_torchrun_does_not_share_out(tmp_path: Path) -> None:
     for arguments, says in (
         (("analyse", "arnas"), "start nas analyse by itself"),
@@ -148,7 +149,11 @@ def rank_of(pid: int) -> int | None:
 
 
 @pytest.mark.parametrize(
-    ("number", "status", "says"), [(signal.SIGTERM, 143, "stopped by SIGTERM"), (signal.SIGINT, 130, "interrupted")]
+    ("number", "status", "says"),
+    [
+        (signal.SIGTERM, 143, "stopped by SIGTERM"),
+        pytest.param(signal.SIGINT, 130, "interrupted", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_ends_a_run_at_once_and_it_goes_on(
     number: signal.Signals, status: int, says: str, tmp_path: Path

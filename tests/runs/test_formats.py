@@ -88,7 +88,7 @@ def test_files_of_a_newer_program(tmp_path: Path) -> None:
     with safe_open(checkpoint, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata()
-    save_file(tensors, checkpoint, {**metadata, "schema": "99"})
+    save_file(tensors, checkpoint, {"tree": json.dumps({**json.loads(metadata["tree"]), "schema": 99})})
     with pytest.raises(InputError, match=NEWER):
         read_tree(checkpoint)
     changed(new / "run/results.json", schema=99)

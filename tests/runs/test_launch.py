@@ -69,6 +69,7 @@ def test_recipes_with_seeds_and_again(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_is_named_and_its_run_goes_on(tmp_path: Path) -> None:
     command = ("launch", "compare-training", "--out", tmp_path, *QUICK)
     run = tmp_path / "compare-training"

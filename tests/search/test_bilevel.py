@@ -165,8 +165,8 @@ def _one_step(settings, monkeypatch, **more):
     seen = {"steps": []}
 
     class Listening:
-        def __call__(self, supernet, weight_loss, objectives, step):
-            gradients = FirstOrder()(supernet, weight_loss, objectives, step)
+        def __call__(self, supernet, weight_loss, objectives, step, mean):
+            gradients = FirstOrder()(supernet, weight_loss, objectives, step, mean)
             seen.setdefault("gradients", gradients)
             seen["steps"].append(step)
             seen["tracking"] = [m.track_running_stats for m in supernet.modules() if hasattr(m, "running_mean")]

@@ -187,7 +187,7 @@ def test_architecture_steps_are_taken_every_nth_step_and_their_means_are_of_them
     step = bilevel._architecture_step
 
     def listening(*args):
-        taken.append((args[7].step, step(*args)))
+        taken.append((args[4][0].state.step, step(*args)))
         return taken[-1][1]
 
     monkeypatch.setattr(bilevel, "_architecture_step", listening)
