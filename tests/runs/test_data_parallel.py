@@ -13,7 +13,7 @@ import pytest
 from tiny_runs import TINY, differences, nas, settings
 
 SHARDED = settings("shards=4", "search.reuse_perturbations=true")
-LONGER = settings("search.stages.1.until=20")
+LONGER = settings("search.stages.1.until=12")
 
 
 def torchrun(processes: int, *arguments: object) -> list[str]:

@@ -55,7 +55,7 @@ def test_jobs_on_this_machine_end_with_this_process(tmp_path: Path) -> None:
 
 
 def test_recipes_with_seeds_and_again(tmp_path: Path) -> None:
-    command = ("launch", "compare-training", "--seeds", "0,1", "--out", tmp_path, *QUICK)
+    command = ("launch", "compare-training", "--seeds", "1", "--out", tmp_path, *QUICK)
     outcome = nas(*command)
     assert outcome.status == 0, outcome.err
     alone = tmp_path / "alone"
@@ -65,7 +65,7 @@ def test_recipes_with_seeds_and_again(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     again = nas(*command, "--json")
     assert again.status == 0, again.err
-    assert again.out.count("finished before") == 2
+    assert again.out.count("finished before") == 1
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

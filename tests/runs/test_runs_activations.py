@@ -54,6 +54,7 @@ def test_a_wrong_activation_is_told(activation: str, message: str) -> None:
         _recipe(f"train.activation={activation}")
 
 
+@pytest.mark.slow
 def test_contenders_differ_in_their_activation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_quick(monkeypatch)
     contenders = (

@@ -73,6 +73,7 @@ def test_a_run_goes_on_when_there_is_room_again(tmp_path: Path, finished_run: Pa
     assert differences(run, finished_run) == []
 
 
+@pytest.mark.slow
 def test_a_worker_tells_of_a_full_disk(tmp_path: Path) -> None:
     with largest_file(30_000):
         outcome = nas("run", "digits", "--out", tmp_path / "run", *TINY, "--set", "workers=2")

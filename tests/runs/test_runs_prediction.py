@@ -45,6 +45,7 @@ def test_every_network_of_the_run_predicts_as_it_was_trained(ensemble_run: tuple
         assert json.loads((run / file).read_text())["prediction"].startswith(description)
 
 
+@pytest.mark.slow
 def test_it_is_attacked_as_it_predicts(ensemble_run: tuple[Path, str], tmp_path: Path) -> None:
     run, description = ensemble_run
     run = shutil.copytree(run, tmp_path / "run")

@@ -437,6 +437,7 @@ def test_command_that_is_none(arguments: list[str], word: str) -> None:
 # --- real processes
 
 
+@pytest.mark.slow
 def test_refusals_of_real_processes(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     commands = {

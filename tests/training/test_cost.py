@@ -127,6 +127,7 @@ def test_memory_grows_with_the_batch():
             loss, metrics = Standard()(model, batch, state)
             return loss + 0 * kept.mean(), metrics
 
-    small, large = cost_of(Large(), batch_size=4).memory, cost_of(Large(), batch_size=24).memory
-    assert small is not None and large is not None
+    # The largest of three: systems that page out idle memory meanwhile make a peak look lower, never higher.
+    small, large = (max(cost_of(Large(), batch_size=size).memory or 0 for _ in range(3)) for size in (4, 24))
+    assert small > 0
     assert 15 * 2**20 < large - small < 40 * 2**20
