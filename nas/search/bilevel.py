@@ -26,7 +26,7 @@ from nas.data.image_data import ImageData
 from nas.data.split import Split
 from nas.errors import Diverged, InputError
 from nas.min_norm import min_norm_direction
-from nas.model_state import evaluating, frozen_statistics
+from nas.model_state import frozen_statistics
 from nas.objective import Attack, Batch, Objective, State
 from nas.optimisation import Sgd, gradient_step, optimiser_tree, restore_optimiser
 from nas.precision import check_bfloat16, in_bfloat16
@@ -38,6 +38,7 @@ from nas.search.recomputation import recompute
 from nas.search.relaxation import Mixture, SampledPath
 from nas.shards import Shards, Step
 from nas.tensor_file import read_tree, write_tree
+from nas.validation import accuracies
 from search_spaces.cell_space import CellSpace
 from search_spaces.genotype import Genotype
 from search_spaces.sampled import SampledSupernet
@@ -490,26 +491,19 @@ def _epoch_record(
     # The part is in a fixed order; a permutation drawn once per seed makes the judged images representative.
     order = torch.randperm(len(split.architecture), generator=generator(seed, "monitored"))[: settings.monitored]
     judged = split.architecture[order].to(device)
-    counts = torch.zeros(2, device=device)
-    with evaluating(supernet):
-        for number in shards.own:
-            randomness = shards.generator(number, seed, "monitor attack", epoch, device=device)
-            rows = judged[shards.rows(len(judged), number)]
-            for batch in batches(data.x_train, data.y_train, rows, batch_size=settings.batch_size):
-                x_adv = attack(supernet, batch.x, batch.y, generator=randomness)
-                with torch.no_grad():
-                    right = supernet(batch.x).argmax(1) == batch.y
-                    withstood = right & (supernet(x_adv).argmax(1) == batch.y)
-                    counts += torch.stack([right.sum(), withstood.sum()])
-    natural, robust = ranks.combined(counts, "sum").tolist()
+
+    def stream(number: int) -> torch.Generator:
+        return shards.generator(number, seed, "monitor attack", epoch, device=device)
+
+    natural, robust = accuracies(supernet, data, judged, attack, stream, settings.batch_size, shards)
     mixing = {kind: table.detach() for kind, table in supernet.mixing_weights().items()}
     genotype = space.discretise(mixing)
     return {
         "epoch": epoch,
         "stage": "+".join(stage.objectives),
         **values,
-        "natural_accuracy": natural / len(judged),
-        "robust_accuracy": robust / len(judged),
+        "natural_accuracy": natural,
+        "robust_accuracy": robust,
         "alpha_entropy": monitor.alpha_entropies(mixing),
         "mixing_weights": {kind: monitor.by_operation(space.operations, table) for kind, table in mixing.items()},
         "parameter_free_edges": {kind: list(pair) for kind, pair in monitor.parameter_free_edges(genotype).items()},

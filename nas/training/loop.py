@@ -20,7 +20,6 @@ from nas.data.image_data import ImageData
 from nas.data.split import Split
 from nas.defences.noise import NoiseEnsemble
 from nas.errors import Diverged, InputError
-from nas.model_state import evaluating
 from nas.objective import (
     Attack,
     Batch,
@@ -45,6 +44,7 @@ from nas.tensor_file import read_tree, write_tree
 from nas.training.extra_images import ExtraImages
 from nas.training.overfitting import collapse_warning, robust_overfitting
 from nas.training.weight_average import EpochAverage, MovingAverage
+from nas.validation import accuracies
 
 Record = dict[str, Any]
 
@@ -270,20 +270,12 @@ def validate(
     """Natural accuracy and accuracy under ``attack`` on the training images ``indices``, in eval mode."""
     shards = shards or Shards()
     device = data.x_train.device
-    counts = torch.zeros(2, device=device)
+
+    def stream(number: int) -> torch.Generator:
+        return shards.generator(number, seed, "validation", device=device)
+
     begin(model)
-    with evaluating(model):
-        for number in shards.own:
-            randomness = shards.generator(number, seed, "validation", device=device)
-            rows = indices[shards.rows(len(indices), number)].to(device)
-            for batch in batches(data.x_train, data.y_train, rows, batch_size=max(batch_size, 256)):
-                x_adv = attack(model, batch.x, batch.y, generator=randomness)
-                with torch.no_grad():
-                    right = model(batch.x).argmax(1) == batch.y
-                    withstood = right & (model(x_adv).argmax(1) == batch.y)
-                    counts += torch.stack([right.sum(), withstood.sum()])
-    natural, robust = ranks.combined(counts, "sum").tolist()
-    return Validation(natural / len(indices), robust / len(indices))
+    return Validation(*accuracies(model, data, indices.to(device), attack, stream, max(batch_size, 256), shards))
 
 
 def _of_shard(

@@ -61,7 +61,7 @@ def test_commands_exist_with_their_options(block: Block) -> None:
 def test_recipes_can_be_built(block: Block, tmp_path: Path) -> None:
     table = tomllib.loads(block.text)
     if {"data", "train", "evaluate"} <= set(table):
-        build({"name": "page", **table})
+        assert build({"name": "page", **table}).general.name == table.get("name", "page")
         return
     # A part of a recipe stands in the place of the same part of a whole one.
     whole = read_table("study-digits" if "study" in table else "digits")
@@ -73,7 +73,7 @@ def test_recipes_can_be_built(block: Block, tmp_path: Path) -> None:
             whole[key] = {**whole[key], **value}
         else:
             whole[key] = value
-    build(whole)
+    assert build(whole).general.name == whole["name"]
 
 
 SCRIPTS = {page: [b for b in blocks(page) if b.language == "python" and not b.title] for page in PAGES}
