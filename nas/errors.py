@@ -11,8 +11,12 @@ class InputError(ValueError):
     """A recipe, file, flag or data set that cannot be used.
 
     The message is one clear line: what is wrong, where, and what to do about it. The command line
-    prints it without a traceback and exits with status 2.
+    prints it without a traceback and exits with status 2. What it repeats of the input is cut where that is endless.
     """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if len(text) <= 2000 else f"{text[:1500]} [...] {text[-300:]}"
 
 
 class Failure(RuntimeError):

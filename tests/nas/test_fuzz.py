@@ -175,3 +175,10 @@ def test_files_that_are_no_json_or_toml(tmp_path_factory: pytest.TempPathFactory
         load_genotype(str(path))
     read_or_refused(lambda: load_genotype(str(path)))
     read_or_refused(lambda: build(read_table(str(path))))
+
+
+def test_what_a_refusal_repeats_is_cut() -> None:
+    with pytest.raises(InputError) as caught:
+        build(read_table("digits", [f"data.name={'x' * 10_000}"]))
+    text = str(caught.value)
+    assert len(text) < 2000 and text.endswith("name the folder of your own by nas --plugins FOLDER")
