@@ -81,12 +81,13 @@ def gradient_step(
     optimiser: torch.optim.Optimizer,
     rate: float,
     clip: float,
-) -> None:
-    """Clip, step: the only place where weights are trained."""
+) -> Tensor:
+    """Clip, step: the only place where weights are trained. Returns the gradient's norm before clipping."""
+    used = [gradient for gradient in gradients if gradient is not None]
+    norm = nn.utils.get_total_norm(used, foreach=True)
     if clip:
         # Not in place: autograd hands out one tensor for two weights that are added, and expanded ones for sums.
-        used = [gradient for gradient in gradients if gradient is not None]
-        shrink = (clip / (nn.utils.get_total_norm(used, foreach=True) + 1e-6)).clamp_max(1.0)
+        shrink = (clip / (norm + 1e-6)).clamp_max(1.0)
         shrunk = iter(torch._foreach_mul(used, shrink))
         gradients = [None if gradient is None else next(shrunk) for gradient in gradients]
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -95,6 +96,7 @@ def gradient_step(
         group["lr"] = rate
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
+    return norm
 
 
 def optimiser_tree(optimiser: torch.optim.Optimizer) -> dict[str, dict[str, object]]:

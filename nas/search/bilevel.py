@@ -177,7 +177,8 @@ def search(
 
     weight_objective is what the weights minimise, ``objectives`` what a stage may name; ``attack`` judges the supernet
     after each epoch. shards: parts that batches are cut into, for a data-parallel run. Resumes from ``checkpoint`` to
-    the same result. Raises ``Diverged`` for a non-finite loss.
+    the same result. Raises ``Diverged`` for a loss or a gradient that is not finite; the checkpoint then holds the last
+    good epoch.
     """
     if len(split.weights) == 0 or len(split.architecture) == 0:
         raise InputError("no images for the architecture or none for the weights: set data.architecture above 0")
@@ -230,14 +231,10 @@ def search(
                 supernet, settings, stage, weight_objective, objectives, batch,
                 held_out if step % settings.architecture_every == 0 else None, states, optimiser, adam, memory, shards,
             )  # fmt: skip
+            _check_finite(architecture_values | weight_values, f"step {step + 1} of {steps} of epoch {epoch}", settings)
             _add_means(sums, architecture_values, architecture_steps)
             _add_means(sums, weight_values, steps)
             tick((epoch + (step + 1) / steps) / settings.epochs)
-        if not all(map(math.isfinite, sums.values())):
-            raise Diverged(
-                f"the search is not finite any more in epoch {epoch} ({sums}): lower search.weights.learning_rate "
-                f"(now {settings.weights.learning_rate}) or search.architecture.learning_rate"
-            )
         if isinstance(supernet, SampledSupernet):
             supernet.settle()
         if memory is not None:
@@ -311,8 +308,12 @@ def take_step(
         return loss.detach(), [*torch.autograd.grad(loss, weights, allow_unused=True)], metrics
 
     loss, gradients, metrics = shards.step(supernet, of_shard)
-    gradient_step(gradients, weights, optimiser, rate, settings.weights.clip)
-    return values, {"weight_loss": float(loss), "weight_accuracy": float(metrics["accuracy"])}
+    norm = gradient_step(gradients, weights, optimiser, rate, settings.weights.clip)
+    return values, {
+        "weight_loss": float(loss),
+        "weight_accuracy": float(metrics["accuracy"]),
+        "weight_gradient_norm": float(norm),
+    }
 
 
 class _Part(NamedTuple):
@@ -371,6 +372,16 @@ def _paired(
     # Parts may differ in size by rounding; the longer one's last batch is left out in this epoch.
     for _, pair in zip(range(steps), zip(*streams, strict=False), strict=False):
         yield pair
+
+
+def _check_finite(values: Mapping[str, float], where: str, settings: Search) -> None:
+    wrong = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
+    if wrong:
+        raise Diverged(
+            f"the search is not finite any more at {where} ({', '.join(wrong)}): lower search.weights.learning_rate "
+            f"(now {settings.weights.learning_rate}) or search.architecture.learning_rate (now "
+            f"{settings.architecture.learning_rate})"
+        )
 
 
 def _add_means(sums: dict[str, float], values: Mapping[str, float], count: int) -> None:
@@ -463,6 +474,7 @@ def _architecture_step(
         values["gamma"] = gamma
     else:
         direction = torch.stack(scaled).sum(0)
+    values["architecture_gradient_norm"] = float(direction.norm())
     architecture = supernet.architecture_parameters()
     for parameter, part in zip(
         architecture, direction.split([parameter.numel() for parameter in architecture]), strict=True

@@ -47,6 +47,8 @@ from nas.training.weight_average import EpochAverage, MovingAverage
 from nas.validation import accuracies
 
 Record = dict[str, Any]
+LOOK_EVERY = 50
+"""Steps after which losses are looked at: a device that works ahead is not waited for at every one."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ def train(
     once all records so far, ``tick`` the progress. A validated record says by how much robust accuracy is below the
     best so far (``robust_overfitting``), and warns of catastrophic overfitting. What ``objective`` asks for beyond a
     loss (see ``nas.objective``) is heeded; it is prepared here, in the folder of ``checkpoint``. Raises ``Diverged``
-    when a loss is not finite; the checkpoint then holds the last good epoch.
+    when a loss or a gradient is not finite; the checkpoint then holds the last good epoch, and ``model`` the weights of
+    the best one.
     """
     if len(split.validation) == 0:
         raise InputError("no validation images to choose a checkpoint by: set data.validation above 0")
@@ -182,7 +185,7 @@ def train(
         attacks = shards.generators(seed, "attack", epoch, device=device)
         methods = shards.generators(seed, "method", epoch, device=device)
         sums: dict[str, Tensor] = {}
-        losses: list[Tensor] = []
+        unseen: list[Tensor] = []  # losses and gradient norms of the steps since they were last looked at
         anneal(model, epoch, training.epochs)
         model.train()
         epoch_batches = batches(
@@ -205,22 +208,24 @@ def train(
                 of_shard = partial(_of_shard, objective, model, parameters, shards.parts(batch), states)
                 loss, gradients, metrics = shards.step(model, of_shard)
             rate, clip = training.optimiser.rate(progress), training.optimiser.clip
-            gradient_step(gradients, parameters, optimiser, rate, clip)
+            norm = gradient_step(gradients, parameters, optimiser, rate, clip)
             if average is not None:
                 average.after_step(model)
-            losses.append(loss)
-            for name, value in {"loss": loss, **metrics}.items():
+            for name, value in {"loss": loss, "gradient_norm": norm, **metrics}.items():
                 sums[name] = sums.get(name, 0) + value
+            unseen.append(torch.stack([loss, norm]))
+            if len(unseen) == LOOK_EVERY or step + 1 == steps:
+                if (wrong := _not_finite(torch.stack(unseen))) is not None:
+                    model.load_state_dict(best_state)
+                    place, what = wrong
+                    raise Diverged(
+                        f"{what} at step {step + 2 - len(unseen) + place} of {steps} of epoch {epoch}: lower the "
+                        f"learning rate (now {training.optimiser.learning_rate}) or the gradient clip (now "
+                        f"{training.optimiser.clip}); {_kept(records, checkpoint)}"
+                    )
+                unseen.clear()
             tick((epoch + (step + 1) / steps) / training.epochs)
         record: Record = {"epoch": epoch, **{name: float(value) / steps for name, value in sums.items()}}
-        finite = torch.stack(losses).isfinite()
-        if not bool(finite.all()):
-            first = int(finite.logical_not().nonzero()[0])
-            raise Diverged(
-                f"the training loss is {float(losses[first])} at step {first + 1} of {steps} of epoch {epoch}: lower "
-                f"the learning rate (now {training.optimiser.learning_rate}) or the gradient clip (now "
-                f"{training.optimiser.clip}); {_kept(records, checkpoint)}"
-            )
         if average is not None:
             own_images = batches(
                 data.x_train, data.y_train, split.training, batch_size=training.batch_size, drop_last=True
@@ -298,6 +303,16 @@ def _check_shards(model: nn.Module, memory: Remembers | None) -> None:
         )
     if any(isinstance(module, NoiseEnsemble) for module in model.modules()):
         raise InputError("a network that answers at random draws from one stream, shards from several: set shards = 1")
+
+
+def _not_finite(steps: Tensor) -> tuple[int, str] | None:
+    """The first of ``steps`` [steps, 2] of (loss, gradient's norm) with one that is no finite number, and which."""
+    bad = steps.isfinite().logical_not().nonzero()
+    if len(bad) == 0:
+        return None
+    place, column = bad[0].tolist()
+    what = ("the training loss is", "the norm of the gradient is")[column]
+    return place, f"{what} {steps[place, column].item()}"
 
 
 def _kept(records: list[Record], checkpoint: Path | None) -> str:

@@ -15,6 +15,7 @@ from nas.optimisation import Sgd
 from nas.search import bilevel
 from nas.search.architecture_gradient import FirstOrder, Unrolled
 from nas.search.bilevel import ArchitectureAdam, Search, Stage, search
+from nas.tensor_file import read_tree
 from nas.threat_model import ThreatModel
 from nas.training.pgd_at import PgdAt
 from nas.training.standard import Standard
@@ -256,8 +257,25 @@ def test_divergence_is_told(where, tmp_path):
             return loss * (float("nan") if state.epoch == 1 else 1.0), metrics
 
     more = {"weight_objective": Poisoned()} if where == "weights" else {"objectives": {"adversarial": Poisoned()}}
-    with pytest.raises(Diverged, match="epoch 1"):
+    with pytest.raises(Diverged, match=r"at step 1 of \d+ of epoch 1.*learning_rate"):
         _search(replace(SETTINGS, stages=(Stage(until=3),)), checkpoint=tmp_path / "c.safetensors", **more)
+
+
+@pytest.mark.parametrize("where", ["weight", "architecture"])
+def test_a_gradient_that_is_no_number_is_told_though_the_loss_is_one(where, tmp_path):
+    class NoSlope:
+        def __call__(self, model, batch, state):
+            loss, metrics = Standard()(model, batch, state)
+            own = model.weight_parameters() if where == "weight" else model.architecture_parameters()
+            return (loss + (own[0].sum() * 0).sqrt() if state.epoch == 1 else loss), metrics
+
+    more = {"weight_objective": NoSlope()} if where == "weight" else {"objectives": {"adversarial": NoSlope()}}
+    path = tmp_path / "c.safetensors"
+    with pytest.raises(Diverged, match=f"step 1 of .*{where}_gradient_norm = nan"):
+        _search(replace(SETTINGS, stages=(Stage(until=3),)), checkpoint=path, **more)
+    tree = read_tree(path)
+    assert len(tree["records"]) == 1
+    assert all(bool(tensor.isfinite().all()) for tensor in tree["supernet"].values() if tensor.is_floating_point())
 
 
 def test_the_test_set_is_never_looked_at():

@@ -297,6 +297,43 @@ class _Poisoned:
         return (loss * self.value if state.epoch == 1 else loss), metrics
 
 
+class _NoSlope:
+    """Standard training with a finite loss that has no gradient in the last step of epoch 1."""
+
+    def __call__(self, model, batch, state):
+        loss, metrics = Standard()(model, batch, state)
+        if state.epoch == 1 and state.progress >= (2 - 1 / 2) / 4:
+            loss = loss + (next(model.parameters()).sum() * 0).sqrt()
+        return loss, metrics
+
+
+def test_a_gradient_that_is_no_number_is_caught_before_an_epoch_of_it_is_kept(data, parts, network, tmp_path):
+    path, model = tmp_path / "checkpoint.safetensors", network()
+    with pytest.raises(Diverged, match=r"norm of the gradient is nan at step 2 of 2 of epoch 1.*holds epoch 0"):
+        _train(model, data, parts, _NoSlope(), checkpoint=path)
+    tree = read_tree(path)
+    assert [record["epoch"] for record in tree["records"]] == [0]
+    assert all(bool(torch.isfinite(tensor.float()).all()) for tensor in tree["model"].values())
+    kept = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    torch.testing.assert_close(kept, tree["best"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("look", [1, 50])
+def test_a_loss_is_looked_at_within_an_epoch(look, data, parts, network, monkeypatch):
+    """An epoch may take hours: what has gone wrong is not trained to its end."""
+    steps = []
+
+    class Counted(_Poisoned):
+        def __call__(self, model, batch, state):
+            steps.append(state.step)
+            return super().__call__(model, batch, state)
+
+    monkeypatch.setattr(loop, "LOOK_EVERY", look)
+    with pytest.raises(Diverged, match="step 1 of 2 of epoch 1"):
+        _train(network(), data, parts, Counted(float("nan")))
+    assert len(steps) == 2 + (1 if look == 1 else 2)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_divergence_is_told_and_the_last_good_epoch_stays(value, data, parts, network, tmp_path):
     path = tmp_path / "checkpoint.safetensors"
