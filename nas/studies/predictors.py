@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -302,7 +303,8 @@ def _hold_statistics(network: nn.Module, x: Tensor) -> None:
 
 def _pass_on(norm: _BatchNorm, device: torch.device | None) -> None:
     """Let ``norm`` pass its input on."""
-    norm.track_running_stats, norm.eps = True, 0.0
+    # The least eps: 1 + eps is 1, and some versions of torch refuse 0.
+    norm.track_running_stats, norm.eps = True, sys.float_info.min
     norm.running_mean = torch.zeros(norm.num_features, device=device, dtype=torch.float64)
     norm.running_var = torch.ones(norm.num_features, device=device, dtype=torch.float64)
     if norm.affine:

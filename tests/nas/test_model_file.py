@@ -126,7 +126,8 @@ def test_missing_files_are_input_errors(saved, tmp_path):
 
 def _tensors(saved, folder):
     _write(saved, folder)
-    return load_file(folder / "model.safetensors")
+    # Copies: what is loaded may be the file itself, mapped, which is written over.
+    return {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
 
 
 def test_weights_of_another_network_are_input_errors(saved, tmp_path):
