@@ -46,6 +46,9 @@ def of_the_machine(error: Exception) -> InputError | Failure | None:
             "memory ran out; lower workers, batch sizes or channels, or search with --memory-budget; "
             "--resume continues a run"
         )
+    if "does not have a deterministic implementation" in str(error):
+        said = str(error).split(",")[0]
+        return Failure(f"{said} on this device, which deterministic = true asks for: leave it out, or use the CPU")
     return None
 
 

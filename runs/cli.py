@@ -50,6 +50,10 @@ MemoryBudget = Annotated[
         help="Memory the search may use: a step is tried first, and cells are recomputed if they must be.",
     ),
 ]
+Deterministic = Annotated[
+    bool,
+    typer.Option("--deterministic", help="On a GPU, only algorithms that give the same bits each time; slower."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -147,10 +151,11 @@ def run(
     out: Out = None,
     seed: Seed = None,
     memory_budget: MemoryBudget = None,
+    deterministic: Deterministic = False,
     as_json: Json = False,
 ) -> None:
     """Search, analyse, train, compress, attack and export: the whole way from a recipe to a report."""
-    _start("run", recipe, resume, set_, out, seed, as_json, memory_budget=memory_budget)
+    _start("run", recipe, resume, set_, out, seed, as_json, deterministic, memory_budget=memory_budget)
 
 
 @app.command()
@@ -161,10 +166,11 @@ def search(
     out: Out = None,
     seed: Seed = None,
     memory_budget: MemoryBudget = None,
+    deterministic: Deterministic = False,
     as_json: Json = False,
 ) -> None:
     """Search only; ends with genotype.json and the commands that go on from it."""
-    _start("search", recipe, resume, set_, out, seed, as_json, memory_budget=memory_budget)
+    _start("search", recipe, resume, set_, out, seed, as_json, deterministic, memory_budget=memory_budget)
 
 
 @app.command()
@@ -176,6 +182,7 @@ def train(
     set_: Set = None,
     out: Out = None,
     seed: Seed = None,
+    deterministic: Deterministic = False,
     as_json: Json = False,
 ) -> None:
     """Train, attack and export one given architecture."""
@@ -185,7 +192,7 @@ def train(
     from search_spaces.catalogue import load_genotype
 
     loaded = load_genotype(genotype) if genotype is not None else None
-    _start("train", recipe, resume, overrides, out, seed, as_json, loaded)
+    _start("train", recipe, resume, overrides, out, seed, as_json, deterministic, loaded)
 
 
 @app.command()
@@ -198,11 +205,12 @@ def compare(
     set_: Set = None,
     out: Out = None,
     seed: Seed = None,
+    deterministic: Deterministic = False,
     as_json: Json = False,
 ) -> None:
     """Train one architecture several ways, attack every result alike, and set them side by side in one table."""
     overrides = [*(set_ or []), *([f"compare.genotype={json.dumps(genotype)}"] if genotype else [])]
-    _start("compare", recipe, resume, overrides, out, seed, as_json)
+    _start("compare", recipe, resume, overrides, out, seed, as_json, deterministic)
 
 
 def _start(
@@ -213,6 +221,7 @@ def _start(
     out: Path | None,
     seed: int | None,
     as_json: bool,
+    deterministic: bool = False,
     genotype: AnyGenotype | None = None,
     memory_budget: float | None = None,
 ) -> None:
@@ -222,7 +231,8 @@ def _start(
     from runs.progress import observer
     from runs.recipe import read_table
 
-    table = read_table(recipe, overrides or [], seed) if recipe is not None else None
+    overrides = [*(overrides or []), *(["deterministic=true"] if deterministic else [])]
+    table = read_table(recipe, overrides, seed) if recipe is not None else None
     data = genotype.to_data() if genotype is not None else None
     if resume is not None:
         if out is not None:
@@ -233,7 +243,7 @@ def _start(
         if directory.command != command:
             raise InputError(f"{resume} was begun by 'nas {directory.command}': resume it with that command")
         if table is None and (overrides or seed is not None):
-            raise InputError("--set and --seed need the recipe's name when a run is resumed")
+            raise InputError("--set, --seed and --deterministic need the recipe's name when a run is resumed")
         if table is not None:
             check_same_recipe(directory, table)
         if data is not None and data != directory.genotype:
@@ -249,7 +259,7 @@ def _start(
         carry_out(directory, watching)
     if not ranks.leads():
         return
-    again = [recipe or directory.table["name"], *(f"--set={item}" for item in overrides or [])]
+    again = [recipe or directory.table["name"], *(f"--set={item}" for item in overrides)]
     _conclude(directory, as_json, again + ([f"--seed={seed}"] if seed is not None else []))
 
 

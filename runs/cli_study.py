@@ -41,6 +41,9 @@ def width_depth(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; by default runs/<name>-<time>.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the samplers, instead of the recipe's.")] = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="On a GPU, only algorithms that give the same bits; slower.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train every configuration with every seed, attack each, and keep what was found.
@@ -54,13 +57,14 @@ def width_depth(
     from runs.recipe import build, read_table
     from runs.study import carry_out, collect, ledger_of, plan, storage_of
 
-    table = read_table(recipe, set_ or [], seed) if recipe is not None else None
+    overrides = [*(set_ or []), *(["deterministic=true"] if deterministic else [])]
+    table = read_table(recipe, overrides, seed) if recipe is not None else None
     if resume is not None:
         if out is not None:
             raise InputError("--out and --resume exclude each other: a resumed study stays where it is")
         run = open_study_run(resume)
-        if table is None and (set_ or seed is not None):
-            raise InputError("--set and --seed need the recipe's name when a study is resumed")
+        if table is None and (overrides or seed is not None):
+            raise InputError("--set, --seed and --deterministic need the recipe's name when a study is resumed")
         if table is not None:
             check_same_recipe(run, table)
         plan(build(run.table))

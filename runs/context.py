@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,8 +23,18 @@ from nas.shards import Shards
 from nas.training.cost_sensitive import protected_by
 from runs.directory import RunDirectory
 from runs.judging import Bench, Tick
-from runs.recipe import Recipe
+from runs.recipe import General, Recipe
 from search_spaces.genotype import AnyGenotype, GenotypeError, genotype_from_data
+
+
+def use_machine(general: General, beside: int = 1) -> None:
+    """Let this process compute as a recipe asks, as one of ``beside`` that share its threads."""
+    torch.set_num_threads(max(1, general.threads // beside))
+    if general.deterministic:
+        # Of cuBLAS, which reads it when a GPU is first used: its sums otherwise depend on what else runs.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
 
 
 @dataclass(frozen=True)

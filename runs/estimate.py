@@ -24,7 +24,7 @@ from nas.search.bilevel import search
 from nas.training.cost import counted
 from nas.training.loop import train
 from runs.comparison import read_genotype_of
-from runs.context import Context, device_of
+from runs.context import Context, device_of, use_machine
 from runs.directory import RunDirectory
 from runs.judging import Bench, judge
 from runs.networks import to_train
@@ -71,9 +71,9 @@ def estimate(recipe: Recipe, data: ImageData) -> Estimate:
     context = Context(RunDirectory(Path(), "run", recipe.table, None), recipe, lambda progress: None)
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(general.threads)
+        use_machine(general)
         searching = _search(context) if "search" in recipe.table else 0.0
-        torch.set_num_threads(max(1, general.threads // general.workers))
+        use_machine(general, general.workers)
         training = evaluation = 0.0
         each = _passes_of(recipe.evaluate.trials, context)
         for work in _networks(context):

@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from nas.errors import InputError, nearest
-from runs.context import Context
+from runs.context import Context, use_machine
 from runs.directory import open_run
 from runs.judging import Tick
 from runs.recipe import build, override_key
@@ -25,7 +23,7 @@ def opened(path: Path, overrides: list[str] | None = None, tick: Tick = lambda p
     for override in overrides or []:
         override_key(table, override)
     recipe = build(table)
-    torch.set_num_threads(recipe.general.threads)
+    use_machine(recipe.general)
     with run.locked():
         yield Context(run, recipe, tick)
 

@@ -20,12 +20,10 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-import torch
-
 from nas import plugins, ranks
 from nas.errors import Failure, InputError, of_the_machine
 from runs import comparison
-from runs.context import Context, device_of
+from runs.context import Context, device_of, use_machine
 from runs.directory import RunDirectory, open_run
 from runs.progress import Observer
 from runs.recipe import Recipe, build
@@ -83,7 +81,7 @@ def _do(run: RunDirectory, recipe: Recipe, task: Task, tick: Callable[[float], N
     """Carry out one task in this process; returns its seconds."""
     general = recipe.general
     beside = ranks.beside() if ranks.world() > 1 else 1 if task.alone else general.workers
-    torch.set_num_threads(max(1, general.threads // beside))
+    use_machine(general, beside)
     start = time.monotonic()
     result = task.work(Context(run, recipe, tick))
     seconds = time.monotonic() - start

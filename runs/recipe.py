@@ -46,7 +46,8 @@ class General:
     device: "cpu", "cuda" or "auto" (cuda if there is one). workers: tasks carried out at once, each in its own
     process. threads: CPU threads; the search uses all, other tasks share them among the workers. Results depend on the
     number of threads in their last bits, so it belongs to the recipe. shards: parts that batches are cut into; they can
-    be dealt out to as many processes by torchrun, or to fewer.
+    be dealt out to as many processes by torchrun, or to fewer. deterministic: on a GPU, only algorithms that give the
+    same bits each time, which are slower; on the CPU they always do.
     """
 
     name: str
@@ -55,6 +56,7 @@ class General:
     workers: int = 1
     threads: int = 1
     shards: int = 1
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda", "auto"):

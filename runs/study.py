@@ -27,14 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from nas import plugins
 from nas.errors import Diverged, Failure, InputError
 from nas.model_file import ModelSpec
 from nas.studies.observation import Observation
-from runs.context import Context, device_of
+from runs.context import Context, device_of, use_machine
 from runs.directory import RESULTS_SCHEMA, RunDirectory, flatten, open_run, read_json, write_json
 from runs.pipeline import die_with, start_alone, told_of
 from runs.progress import Observer
@@ -231,7 +230,7 @@ def _worker(connection: Connection, path: str, storage: str, parent: int) -> Non
 def work(run: RunDirectory, storage: str) -> None:
     """Claim and do trials until the study is over."""
     recipe = build(run.table)
-    torch.set_num_threads(recipe.general.threads)
+    use_machine(recipe.general)
     todo = plan(recipe)
     with contextlib.closing(ledger_of(run, recipe, storage)) as ledger:
         Worker(run, recipe, todo, ledger).work()

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_runs import TINY, nas, save_arrays, settings, toml
 
-from runs.recipe import read_table, shipped
+from nas.errors import of_the_machine
+from runs.context import use_machine
+from runs.recipe import General, read_table, shipped
 
 MEASURED = ("seconds", "memory", "measured", "per_second", "latency", "throughput", "speed", "time")
 """Parts of the names of figures that are measured, and differ."""
@@ -78,14 +83,45 @@ def results(folder: Path) -> dict[str, Any]:
     return weights | figures
 
 
+@pytest.fixture
+def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let nothing of ``deterministic`` stay after a test."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = benchmark
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("as_before")
+def test_deterministic_asks_torch_and_cublas_for_it() -> None:
+    use_machine(General("any", threads=1))
+    assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    use_machine(General("any", threads=1, deterministic=True))
+    assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_an_algorithm_that_cannot_is_told_in_a_line() -> None:
+    error = RuntimeError(
+        "adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but you set "
+        "'torch.use_deterministic_algorithms(True)'. You can turn off determinism ..."
+    )
+    known = str(of_the_machine(error))
+    assert known.startswith("adaptive_avg_pool2d_backward_cuda does not have") and "leave it out" in known
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("as_before")
 @pytest.mark.parametrize("recipe", sorted(shipped()))
 def test_the_same_recipe_and_seed_give_the_same_bits(recipe: str, tmp_path: Path) -> None:
     words, more = command(recipe, save_arrays(tmp_path / "data.npz"))
     found = []
-    for workers in (1, 2):
+    for workers, flags in ((1, []), (2, ["--deterministic"])):
         folder = tmp_path / f"run{workers}"
-        outcome = nas(*words, *more, *settings(f"workers={workers}"), "--out", folder)
+        outcome = nas(*words, *more, *settings(f"workers={workers}"), *flags, "--out", folder)
         assert outcome.status == 0, outcome.err
         found.append(results(folder))
     one, other = found

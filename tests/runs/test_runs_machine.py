@@ -1,10 +1,13 @@
-"""What the machine refuses: a full disk, a folder that may not be written, memory that runs out."""
+"""What the machine refuses or does: a full disk, a folder that may not be written, memory that runs out, a clock that
+jumps."""
 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import resource
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,3 +98,16 @@ def test_memory_that_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     outcome = nas("run", recipe, "--out", tmp_path / "run", *settings("workers=1"))
     assert outcome.status == 1 and outcome.err.count("\n") == 1, outcome.err
     assert "memory ran out; lower workers, batch sizes or channels" in outcome.err
+
+
+@pytest.mark.slow
+def test_a_clock_that_jumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set back or on by days while it runs, as by a machine that wakes or asks for the time: nothing goes by it."""
+    recipe = small_recipe(tmp_path)
+    assert nas("run", recipe, "--out", tmp_path / "steady", *settings("workers=1")).status == 0
+    jumps, real = itertools.cycle((0, 86_400 * 400, -86_400, 3_600, -86_400 * 9_000)), time.time
+    monkeypatch.setattr(time, "time", lambda: real() + next(jumps))
+    outcome = nas("run", recipe, "--out", tmp_path / "jumping", *settings("workers=1"))
+    assert outcome.status == 0, outcome.err
+    assert differences(tmp_path / "jumping", tmp_path / "steady") == []
+    assert nas("report", tmp_path / "jumping").status == 0
