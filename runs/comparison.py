@@ -43,6 +43,7 @@ from runs.directory import RESULTS_SCHEMA, RunDirectory, flatten, open_run, read
 from runs.judging import judge
 from runs.networks import compress_into, model_result, to_train, train_in, training_seed
 from runs.recipe import Recipe
+from runs.reproduction import command_of, recipe_text
 from runs.tasks import Task
 from search_spaces.catalogue import load_genotype, space_of
 from search_spaces.genotype import SCHEMA, AnyGenotype, genotype_from_data
@@ -299,7 +300,8 @@ def write_comparison_page(run: RunDirectory, results: Mapping[str, Any]) -> Path
     from nas.report.comparison_page import write_comparison
 
     path = run.path / "report.html"
-    write_comparison({**results, "environment": read_json(run.path / "environment.json")}, path)
+    more = {"environment": read_json(run.path / "environment.json"), "recipe_text": recipe_text(run.table)}
+    write_comparison({**results, **more}, path)
     return path
 
 
@@ -314,7 +316,7 @@ def collect(context: Context) -> dict[str, Any]:
         "schema": RESULTS_SCHEMA,
         "kind": "comparison",
         "name": recipe.general.name,
-        "command": f"nas compare {recipe.general.name}",
+        "command": command_of(run),
         "seeds": list(part.seeds),
         "equal": part.equal,
         "reference": part.against.name,

@@ -22,7 +22,7 @@ OWN_GENOTYPE = "genotype.json"
 def command_of(run: RunDirectory) -> str:
     """The command that does ``run`` again in another folder: a shipped recipe with what was overridden, or a file."""
     name = str(run.table.get("name"))
-    arguments = ["nas", run.command]
+    arguments = ["nas", *run.command.split()]
     overrides = _overrides(name, run.table)
     arguments += [OWN_RECIPE] if overrides is None else [name, *overrides]
     if run.genotype is not None:

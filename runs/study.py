@@ -38,6 +38,7 @@ from runs.directory import RESULTS_SCHEMA, RunDirectory, flatten, open_run, read
 from runs.pipeline import die_with, start_alone, told_of
 from runs.progress import Observer
 from runs.recipe import Recipe, build
+from runs.reproduction import command_of
 from runs.study_ledger import Abandoned, Claim, Ledger, configuration_of
 from runs.study_part import StudyPart
 from runs.study_sampling import Drawing, told
@@ -381,7 +382,7 @@ def collect(run: RunDirectory, storage: str) -> dict[str, Any]:
         "schema": RESULTS_SCHEMA,
         "kind": "study",
         "name": recipe.general.name,
-        "command": f"nas study width-depth {recipe.general.name}",
+        "command": command_of(run),
         "seeds": list(part.seeds),
         "objectives": list(part.objectives),
         "threat_model": {"norm": recipe.threat_model.norm, "epsilon": recipe.threat_model.epsilon},

@@ -13,6 +13,7 @@ from nas.studies.ranking import rankings
 from nas.studies.verdict import study_verdict
 from nas.tensor_file import write_text
 from runs.directory import RunDirectory, make_folder, read_json, write_json
+from runs.reproduction import recipe_text
 from runs.study_record import candidates, csv_of
 
 SEED = 0
@@ -47,7 +48,7 @@ def write_page(run: RunDirectory, results: Mapping[str, Any], observations: Sequ
     path, machine = run.path / "report.html", run.path / "environment.json"
     # A study may be told from its storage alone, elsewhere than where it was begun.
     environment = {"environment": read_json(machine)} if machine.exists() else {}
-    write_study({**results, **environment}, observations, path)
+    write_study({**results, **environment, "recipe_text": recipe_text(run.table)}, observations, path)
     if observations:
         make_folder(run.path / "figures")
         studied = Studied(observations)

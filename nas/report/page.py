@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from nas.analysis.drawing import NAMESPACE, TIMES, draw_cell, operation_label
@@ -77,13 +77,16 @@ def render(results: Data) -> str:
 @cache
 def template(name: str) -> Template:
     """The template ``name`` of a page, with the filters and the style that all pages share."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    loader = PackageLoader("nas", "report")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters.update(
         percent=percent, count=count, quantity=quantity, duration=duration, small=lambda value: f"{value:.2g}"
     )
     folder = resources.files("nas.report")
     environment.globals["style"] = Markup(folder.joinpath("style.css.jinja").read_text("utf-8"))
-    return environment.from_string(folder.joinpath(f"{name}.html.jinja").read_text("utf-8"))
+    return environment.get_template(f"{name}.html.jinja")
 
 
 def gallery_part(pairs: Sequence[Data]) -> Markup:

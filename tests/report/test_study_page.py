@@ -62,6 +62,7 @@ def results_of(found: list[Observation], **changes: Any) -> dict[str, Any]:
         ],
         "rankings": [{"name": "parameters", "tau": 0.31, "interval": [0.1, 0.5], "n": 27}],
         "recipe": {"study.space": "plain"},
+        "recipe_text": "[study]\nspace = \"plain\"\n",
         **changes,
     }  # fmt: skip
 
