@@ -25,7 +25,7 @@ def command_of(run: RunDirectory) -> str:
     arguments = ["nas", *run.command.split()]
     overrides = _overrides(name, run.table)
     arguments += [OWN_RECIPE] if overrides is None else [name, *overrides]
-    if run.genotype is not None:
+    if run.genotype is not None and "compare" not in run.table:  # whose recipe names it
         given = genotype_from_data(run.genotype)
         known = [one for one in published() if load_genotype(one) == given]
         arguments += ["--genotype", known[0] if known else OWN_GENOTYPE]

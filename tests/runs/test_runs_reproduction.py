@@ -44,7 +44,8 @@ def test_overrides_come_back(overrides: list[str]) -> None:
 @pytest.mark.parametrize("command, recipe", [("study width-depth", "study-mnist"), ("compare", "compare-training")])
 def test_studies_and_comparisons_with_what_was_overridden(command: str, recipe: str) -> None:
     table = read_table(recipe, ["train.epochs=3", "data={name='arrays', path='mine.npz'}"])
-    words = shlex.split(command_of(RunDirectory(Path("run"), command, table, None)))
+    genotype = load_genotype("arnas").to_data() if command == "compare" else None
+    words = shlex.split(command_of(RunDirectory(Path("run"), command, table, genotype)))
     rest = words[1 + len(command.split()) :]
     assert words[0] == "nas" and " ".join(words[1 : -len(rest)]) == command and rest[0] == recipe
     assert read_table(recipe, rest[2::2]) == table and len(rest) == 5
