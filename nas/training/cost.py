@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nas.data.batches import batch_count, batches
 from nas.data.image_data import ImageData
@@ -154,22 +155,42 @@ def _peak_memory(device: torch.device) -> Iterator[list[int | None]]:
         torch.cuda.synchronize(device)
         result[0] = torch.cuda.max_memory_allocated(device) - before
         return
-    if sys.platform != "linux":
+    with _Tensors() as tensors:
         yield result
-        return
-    try:
-        # What was freed goes back to the system, so that it is counted when it is taken again.
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    except (AttributeError, OSError):  # another C library, or a container that does not allow it
-        yield result
-        return
-    resident = _status("VmRSS")
-    yield result
-    result[0] = max(0, _status("VmHWM") - resident)
+    result[0] = tensors.peak
 
 
-def _status(entry: str) -> int:
-    """A size in bytes from what the system tells of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(entry + ":")) * 1024
+class _Tensors(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made within it and alive; those that were there before are not counted.
+
+    What the process has resident would be less to the point: memory that was freed is kept for later, and a system may
+    page out what is idle. Room that an operation takes and gives back inside is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: dict[int, object] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Carry out an operation and count what it made."""
+        self._meet((args, kwargs), made=False)
+        result = func(*args, **(kwargs or {}))
+        self._meet(result, made=True)
+        return result
+
+    def _meet(self, values: Any, *, made: bool) -> None:
+        for value in tree_leaves(values):
+            if isinstance(value, Tensor) and value.layout == torch.strided:
+                storage = value.untyped_storage()
+                if (key := storage._cdata) not in self._known:
+                    size = storage.nbytes() if made else 0
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+                    self._known[key] = weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self.now -= size
+        del self._known[key]
