@@ -51,6 +51,8 @@ def command(recipe: str, data: Path) -> tuple[list[str], list[str]]:
                 inner = inner.get(key, {}) if isinstance(inner, dict) else {}
             if inner:
                 more += settings(f"{place}.{part}=1")
+        if "protected" in contender.get("method", {}):
+            more += settings(f"{place}.method.protected=['1']")
         method = contender.get("method", {}).get("name")
         if method == "ladder":
             more += settings(f"{place}.method.decoder_steps=5")
