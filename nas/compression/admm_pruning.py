@@ -11,9 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from nas.compression.layers import Layer, deployed_layers
 from nas.compression.masks import Scope, Selection, competing, masked, plan_of, weights_of
-from nas.compression.penalised import Penalised
+from nas.compression.penalised import Penalised, apart, carriers, without
 from nas.compression.plan import Plan
 from nas.errors import InputError
 from nas.objective import Metrics, Objective, Setting
@@ -87,19 +86,14 @@ class AdmmPruning:
 
     def released(self, steered: nn.Module) -> nn.Module:
         """The network without Z and U."""
-        network = copy.deepcopy(steered)
-        for layer in _carriers(network).values():
-            for name in (TARGET, DUAL):
-                delattr(layer, name)
-        delattr(network, EPOCH)
-        return network
+        return without(steered, (TARGET, DUAL), EPOCH)
 
     def begin_epoch(self, model: nn.Module, epoch: int) -> None:
         """Z and U after the epochs before ``epoch``, where they are due."""
         known = model.get_buffer(EPOCH)
         if int(known) != epoch and epoch % self.interval == 0:
             with torch.no_grad():
-                layers = _carriers(model)
+                layers = carriers(model, TARGET)
                 weights = {name: layer.weight.detach() for name, layer in layers.items()}
                 targets = self._projected({n: w + layers[n].get_buffer(DUAL) for n, w in weights.items()})
                 for name, layer in layers.items():
@@ -110,13 +104,9 @@ class AdmmPruning:
 
     def penalty(self, model: nn.Module) -> tuple[Tensor, Metrics]:
         """rho/2 sum |W - Z + U|^2;  sparsity_gap: |W - Z| / |W| over all layers, 0 where W is as sparse as asked."""
-        layers = _carriers(model).values()
-        weights = [layer.weight for layer in layers]
-        gaps = [weight - layer.get_buffer(TARGET) for weight, layer in zip(weights, layers, strict=True)]
-        pulled = [(gap + layer.get_buffer(DUAL)).square().sum() for gap, layer in zip(gaps, layers, strict=True)]
-        apart, size = (torch.stack([t.detach().square().sum() for t in some]).sum() for some in (gaps, weights))
+        pulled, gap = apart(model, TARGET, DUAL)
         rho = self.rho * self.growth ** (int(model.get_buffer(EPOCH)) // self.interval)
-        return rho / 2 * torch.stack(pulled).sum(), {"sparsity_gap": (apart / size.clamp_min(1e-30)).sqrt()}
+        return rho / 2 * pulled, {"sparsity_gap": gap}
 
     def _projected(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The nearest tensors that are as sparse as asked."""
@@ -125,11 +115,6 @@ class AdmmPruning:
 
     def _selection(self) -> Selection:
         return Selection(self.keep, self.scope)
-
-
-def _carriers(model: nn.Module) -> dict[str, Layer]:
-    """The layers of a steered network that carry Z and U."""
-    return {name: layer for name, layer in deployed_layers(model).items() if hasattr(layer, TARGET)}
 
 
 PLUGIN = AdmmPruning

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from nas.compression.layers import Layer, deployed_layers, exchanged, kept_dense
+from nas.compression.penalised import Penalised, apart, carriers, without
 from nas.compression.plan import LayerPlan, Plan
 from nas.compression.tucker import Ranks, allocate, factorised, full_ranks, low_rank, parameters_of, spectra
 from nas.errors import InputError
-from nas.objective import Batch, Metrics, Objective, Setting, State, gradients_of
+from nas.objective import Metrics, Objective, Setting
 
 TARGET, DUAL, RANKS, EPOCH = "cstar_target", "cstar_dual", "cstar_ranks", "cstar_epoch"
 """Buffers of a steered network: Z, U and the ranks (0 where a layer stays as it is) in each layer; in the network, the
@@ -123,25 +124,22 @@ class Cstar:
         self._project(copied, choose=True)
         return copied
 
-    def steering(self, objective: Objective) -> Steering:
+    def steering(self, objective: Objective) -> Penalised:
         """``objective`` with the pull towards low rank."""
-        return Steering(objective, self)
+        return Penalised(objective, self)
 
     def released(self, steered: nn.Module) -> nn.Module:
         """An ordinary network with the weights Z of a last projection, at the ranks that ``plan`` finds."""
         network = copy.deepcopy(steered)
         self._project(network, choose=False)
-        for layer in _carriers(network).values():
+        for layer in carriers(network, TARGET).values():
             if _ranks_of(layer) is not None:
                 if parametrize.is_parametrized(layer, "weight"):
                     # A mask would undo the low rank; the factors take its place.
                     parametrize.remove_parametrizations(layer, "weight")
                 with torch.no_grad():
                     layer.weight.copy_(layer.get_buffer(TARGET))
-            for name in (TARGET, DUAL, RANKS):
-                delattr(layer, name)
-        delattr(network, EPOCH)
-        return network
+        return without(network, (TARGET, DUAL, RANKS), EPOCH)
 
     def rho_at(self, epoch: int) -> float:
         """The penalty's weight in an epoch of the steering."""
@@ -154,12 +152,17 @@ class Cstar:
             return
         self._project(steered, choose=epoch < FROZEN_AFTER * self.epochs)
         with torch.no_grad():
-            for layer in _carriers(steered).values():
+            for layer in carriers(steered, TARGET).values():
                 dual = layer.get_buffer(DUAL)
                 dual += layer.weight - layer.get_buffer(TARGET)
                 if self._tight(epoch) and not self._tight(int(known)):
                     dual /= TIGHTER  # U is the multiplier over rho
         known.fill_(epoch)
+
+    def penalty(self, model: nn.Module) -> tuple[Tensor, Metrics]:
+        """rho/2 sum |W - Z + U|^2;  low_rank_gap: |W - Z| / |W|: unless it ends near 0, low rank was not reached."""
+        pulled, gap = apart(model, TARGET, DUAL)
+        return self.rho_at(int(model.get_buffer(EPOCH))) / 2 * pulled, {"low_rank_gap": gap}
 
     def _tight(self, epoch: int) -> bool:
         return epoch >= TIGHT_AFTER * self.epochs
@@ -167,7 +170,7 @@ class Cstar:
     @torch.no_grad()
     def _project(self, steered: nn.Module, *, choose: bool) -> None:
         """Z := the projection of W + U; choose: on ranks that are chosen for it, too."""
-        layers = _carriers(steered)
+        layers = carriers(steered, TARGET)
         wanted = {name: layer.weight + layer.get_buffer(DUAL) for name, layer in layers.items()}
         ranks = self._allocated(wanted) if choose else {name: _ranks_of(layer) for name, layer in layers.items()}
         for name, layer in layers.items():
@@ -221,54 +224,6 @@ class Cstar:
         squares = [spectra(weight) for weight in weights.values()]
         found = allocate(shapes, squares, budget, step=self.step, floor=self.min_rank)
         return dict(zip(weights, found, strict=True))
-
-
-@dataclass(frozen=True)
-class Steering:
-    """``objective`` plus rho/2 sum |W - Z + U|^2; Z and U take their step when an epoch begins.
-
-    The objective may have gradients of its own: those of the penalty are added to them. low_rank_gap in the metrics:
-    |W - Z| / |W| over all steered layers; the network is not led to low rank unless it ends near 0.
-    """
-
-    objective: Objective
-    method: Cstar
-
-    def __call__(self, model: nn.Module, batch: Batch, state: State) -> tuple[Tensor, Metrics]:
-        """The penalised loss."""
-        self.method.begin_epoch(model, state.epoch)
-        loss, metrics = self.objective(model, batch, state)
-        penalty, more = self._penalty(model, state)
-        return loss + penalty, {**metrics, **more}
-
-    def gradients(
-        self, model: nn.Module, batch: Batch, state: State, parameters: Sequence[nn.Parameter]
-    ) -> tuple[Tensor, list[Tensor | None], Metrics]:
-        """Gradients of the objective, in its own way, plus those of the penalty."""
-        self.method.begin_epoch(model, state.epoch)
-        loss, gradients, metrics = gradients_of(self.objective, model, batch, state, parameters)
-        penalty, more = self._penalty(model, state)
-        if penalty.requires_grad:
-            pulls = torch.autograd.grad(penalty, [*parameters], allow_unused=True)
-            gradients = [
-                pull if gradient is None else gradient if pull is None else gradient + pull
-                for gradient, pull in zip(gradients, pulls, strict=True)
-            ]
-        return loss + penalty.detach(), gradients, {**metrics, **more}
-
-    def _penalty(self, model: nn.Module, state: State) -> tuple[Tensor, Metrics]:
-        layers = _carriers(model).values()
-        weights = [layer.weight for layer in layers]
-        gaps = [weight - layer.get_buffer(TARGET) for weight, layer in zip(weights, layers, strict=True)]
-        pulled = sum((gap + layer.get_buffer(DUAL)).square().sum() for gap, layer in zip(gaps, layers, strict=True))
-        apart, size = (torch.stack([t.detach().square().sum() for t in some]).sum() for some in (gaps, weights))
-        gap = (apart / size.clamp_min(1e-30)).sqrt()
-        return self.method.rho_at(state.epoch) / 2 * torch.as_tensor(pulled), {"low_rank_gap": gap}
-
-
-def _carriers(model: nn.Module) -> dict[str, Layer]:
-    """The layers of a steered network that carry Z and U."""
-    return {name: layer for name, layer in deployed_layers(model).items() if hasattr(layer, TARGET)}
 
 
 def _ranks_of(layer: Layer) -> Ranks | None:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from nas.attacks.fgsm import Fgsm
 from nas.attacks.pgd import Pgd
-from nas.compression.layers import Layer, deployed_layers
+from nas.compression.layers import Layer
 from nas.compression.masks import Score, Selection, competing, masked, plan_of, weights_of
-from nas.compression.penalised import Penalised
+from nas.compression.penalised import Penalised, carriers, without
 from nas.compression.plan import Plan
 from nas.errors import InputError
 from nas.objective import Attack, Batch, Metrics, Objective, Setting, State
@@ -120,12 +120,7 @@ class Deadwooding:
 
     def released(self, steered: nn.Module) -> nn.Module:
         """The network without multipliers."""
-        network = copy.deepcopy(steered)
-        for layer in _carriers(network).values():
-            for name in (MULTIPLIER, KEPT):
-                delattr(layer, name)
-        delattr(network, EPOCH)
-        return network
+        return without(steered, (MULTIPLIER, KEPT), EPOCH)
 
     def recovery(self, objective: Objective, parent: nn.Module) -> Objective:
         """Distillation from ``parent`` in place of ``objective``, or that where ``distil`` is off."""
@@ -144,7 +139,7 @@ class Deadwooding:
 
     def begin_epoch(self, model: nn.Module, epoch: int) -> None:
         """Multipliers after the epochs before ``epoch``, and the largest weights now, unless that was done."""
-        known, layers = model.get_buffer(EPOCH), _carriers(model)
+        known, layers = model.get_buffer(EPOCH), carriers(model, MULTIPLIER)
         if int(known) == epoch:
             return
         with torch.no_grad():
@@ -158,7 +153,7 @@ class Deadwooding:
 
     def penalty(self, model: nn.Module) -> tuple[Tensor, Metrics]:
         """sum lambda |theta| outside T;  residual: the share of sum |theta| that is outside T and about to be cut."""
-        layers = _carriers(model).values()
+        layers = carriers(model, MULTIPLIER).values()
         sizes = [layer.weight.abs() for layer in layers]
         outside = [size * ~layer.get_buffer(KEPT) for size, layer in zip(sizes, layers, strict=True)]
         pulls = [(layer.get_buffer(MULTIPLIER) * v).sum() for v, layer in zip(outside, layers, strict=True)]
@@ -203,11 +198,6 @@ class RobustDistillation:
             "divergence": distilled.detach(),
         }
         return self.alpha * labels + (1 - self.alpha) * distilled, metrics
-
-
-def _carriers(model: nn.Module) -> dict[str, Layer]:
-    """The layers of a steered network that carry multipliers."""
-    return {name: layer for name, layer in deployed_layers(model).items() if hasattr(layer, MULTIPLIER)}
 
 
 PLUGIN = Deadwooding

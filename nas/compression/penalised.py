@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from nas.compression.layers import Layer, deployed_layers
 from nas.objective import Batch, Metrics, Objective, State, gradients_of
 
 
@@ -55,3 +57,28 @@ class Penalised:
                 for gradient, pull in zip(gradients, pulls, strict=True)
             ]
         return loss + penalty.detach(), gradients, {**metrics, **more}
+
+
+def carriers(steered: nn.Module, buffer: str) -> dict[str, Layer]:
+    """The layers of a steered network that carry ``buffer``."""
+    return {name: layer for name, layer in deployed_layers(steered).items() if hasattr(layer, buffer)}
+
+
+def without(steered: nn.Module, buffers: Sequence[str], epoch: str) -> nn.Module:
+    """A copy of a steered network without the buffers of its layers, and without its own, ``epoch``."""
+    network = copy.deepcopy(steered)
+    for layer in carriers(network, buffers[0]).values():
+        for name in buffers:
+            delattr(layer, name)
+    delattr(network, epoch)
+    return network
+
+
+def apart(steered: nn.Module, target: str, dual: str) -> tuple[Tensor, Tensor]:
+    """sum |W - Z + U|^2 over the layers that carry Z and U in these buffers, and |W - Z| / |W|, 0 where W is there."""
+    layers = carriers(steered, target).values()
+    weights = [layer.weight for layer in layers]
+    gaps = [weight - layer.get_buffer(target) for weight, layer in zip(weights, layers, strict=True)]
+    pulled = [(gap + layer.get_buffer(dual)).square().sum() for gap, layer in zip(gaps, layers, strict=True)]
+    gap, size = (torch.stack([t.detach().square().sum() for t in some]).sum() for some in (gaps, weights))
+    return torch.stack(pulled).sum(), (gap / size.clamp_min(1e-30)).sqrt()
