@@ -47,17 +47,19 @@ def shares(name: str, **more: Any) -> dict[str, list[Step]]:
 
 VARIANTS: dict[str, dict[str, list[Step]]] = {
     "resnet-18": {
-        **shares("gdws"), **shares("cstar", epochs=0, step=8), **shares("channel_pruning"),
+        **shares("gdws"), **shares("cstar", epochs=0, step=8), **shares("channel_pruning", step=8),
+        "channel_pruning 0.5, step 1": [("channel_pruning", {"keep": 0.5})],
         "fold_batchnorm": [("fold_batchnorm", {})], "int8": [("int8", {})],
     },
     "vgg-16": {
-        **shares("gdws"), **shares("cstar", epochs=0, step=8), **shares("channel_pruning"),
+        **shares("gdws"), **shares("cstar", epochs=0, step=8), **shares("channel_pruning", step=8),
+        "channel_pruning 0.5, step 1": [("channel_pruning", {"keep": 0.5})],
         **{f"arlst {keep:g}": [("arlst", {"keep": keep, "start": "scratch", "modes": modes})]
            for keep, modes in ((0.1, 2), (0.02, 2), (0.005, 3))},
         "int8": [("int8", {})],
     },
     "cells": {
-        **shares("channel_pruning"), 
+        **shares("channel_pruning"), "channel_pruning 0.5, step 8": [("channel_pruning", {"keep": 0.5, "step": 8})],
         "channel_pruning 0.5, network": [("channel_pruning", {"keep": 0.5, "scope": "network"})],
         "cstar 0.5": [("cstar", {"keep": 0.5, "epochs": 0})],
         "fold_batchnorm": [("fold_batchnorm", {})], "int8": [("int8", {})],
@@ -68,7 +70,7 @@ VARIANTS: dict[str, dict[str, list[Step]]] = {
 def spec_of(name: str) -> ModelSpec:
     """The dense network."""
     if name == "cells":
-        genotype, shape, channels = load_genotype("arnas"), (1, 8, 8), 8
+        genotype, shape, channels = load_genotype("arnas"), (1, 8, 8), 16
     elif name == "vgg-16":
         genotype = StageGenotype("vgg", (2, 2, 3, 3, 3), (64, 128, 256, 512, 512))
         shape, channels = (3, 32, 32), 1

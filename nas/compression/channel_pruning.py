@@ -51,7 +51,9 @@ class ChannelPruning:
     importance: of a channel, "magnitude": mean over the layers of its group of the squared norm of its weights;
     "taylor": of |w dL/dw| summed over its weights (Molchanov et al., CVPR 2019, arXiv 1906.10771), L the loss on
     ``images`` training images under ``attack``.  scope: "layer" takes the same share of channels from every group,
-    "network" ranks the channels of all groups together, by importance over the mean of their group.
+    "network" ranks the channels of all groups together, by importance over the mean of their group.  step: every
+    layer keeps a multiple of it, and those of no more channels keep all: 8 suits engines whose kernels want that many.
+    With scope "network", layers that consist of halves may not: each half keeps a multiple.
     """
 
     retrains: ClassVar[bool] = True
@@ -61,6 +63,7 @@ class ChannelPruning:
     scope: Literal["layer", "network"] = "layer"
     images: int = 256
     attack: Attack = field(default_factory=Pgd)
+    step: int = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
@@ -71,6 +74,8 @@ class ChannelPruning:
             raise InputError(f"scope must be 'layer' or 'network', not '{self.scope}'")
         if self.images < 1:
             raise InputError(f"importance needs at least 1 image, not {self.images}")
+        if self.step < 1:
+            raise InputError(f"step must be at least 1 channel, not {self.step}")
 
     def plan(self, model: nn.Module, setting: Setting | None = None) -> Plan:
         """Which channels of ``model`` stay. setting: only "taylor" needs more of it than the shape of its images."""
@@ -91,15 +96,16 @@ class ChannelPruning:
         kept = _Kept(layers)
         total = sum(p.numel() for name, p in network.named_parameters() if not name.startswith("auxiliary."))
         surplus = total - self.keep * total
-        for channel in _order(groups, strengths, kept.shapes, self.scope):
+        for channels in _order(groups, strengths, kept.shapes, self.scope, self.step):
             if surplus <= 0:
                 break
-            if not kept.is_last(channel):
-                surplus -= kept.remove(channel)
+            if not kept.is_last(channels):
+                surplus -= kept.remove(channels)
         if surplus > 0:
             least = (self.keep * total + surplus) / total
+            left = "a channel" if self.step == 1 else f"{self.step} channels"
             raise InputError(
-                f"keep = {self.keep:g} cannot be reached: with a channel left in every layer {least:.3g} stays"
+                f"keep = {self.keep:g} cannot be reached: with {left} left in every layer {least:.3g} stays"
             )
         plans = []
         for name in layers:
@@ -185,16 +191,16 @@ class _Kept:
             for name, layer in layers.items()
         }
 
-    def is_last(self, channel: Channel) -> bool:
-        """Whether a module would have nothing left without ``channel``."""
-        gone = Counter((name, side) for name, side, _ in channel)
+    def is_last(self, channels: Channel) -> bool:
+        """Whether a module would have nothing left without ``channels``."""
+        gone = Counter((name, side) for name, side, _ in channels)
         return any(self.counts[name][SIDES.index(side)] <= count for (name, side), count in gone.items())
 
-    def remove(self, channel: Channel) -> int:
-        """Remove all places of a channel; how many parameters of the deployed network go with them."""
-        names = {name for name, _, _ in channel}
+    def remove(self, channels: Channel) -> int:
+        """Remove all places of channels; how many parameters of the deployed network go with them."""
+        names = {name for name, _, _ in channels}
         before = sum(map(self._size, names))
-        for name, side, index in channel:
+        for name, side, index in channels:
             self.masks[name][side][index] = False
             self.counts[name][SIDES.index(side)] -= 1
         return before - sum(map(self._size, names))
@@ -207,24 +213,36 @@ class _Kept:
 
 
 def _order(
-    groups: Sequence[Sequence[Channel]], strengths: Mapping[str, Tensor], shapes: Mapping[str, list[int]], scope: str
+    groups: Sequence[Sequence[Channel]],
+    strengths: Mapping[str, Tensor],
+    shapes: Mapping[str, list[int]],
+    scope: str,
+    step: int,
 ) -> Iterator[Channel]:
-    """Channels from the least important to the most important one."""
+    """Channels from the least important to the most important one, as many of a group at once as leave its step."""
     sums: dict[tuple[str, str], list[float]] = {}
     for name, strength in strengths.items():
         sums[name, "outputs"] = (strength.flatten(1).sum(1) if strength.dim() > 1 else strength).tolist()
         if strength.dim() > 1:
             sums[name, "inputs"] = strength.transpose(0, 1).flatten(1).sum(1).tolist()
-    order = []
+    order: dict[tuple[float, str, int], Channel] = {}
     for group in groups:
         places = [[sums[name, side][i] for name, side, i in channel if (name, side) in sums] for channel in group]
         scores = [sum(values) / max(len(values), 1) for values in places]
         mean = sum(scores) / len(scores) or 1.0
-        turns = _turns(group, shapes)
-        for turn, number in zip(turns, sorted(range(len(group)), key=scores.__getitem__), strict=True):
-            order.append((turn if scope == "layer" else scores[number] / mean, group[number]))
-    for _, channel in sorted(order, key=lambda entry: entry[0]):
-        yield channel
+        turns, ranked = _turns(group, shapes), sorted(range(len(group)), key=scores.__getitem__)
+        layer, width = _widest(group, shapes)[:2]
+        # The halves of a layer go at once, so that each has to keep a multiple of half a step only.
+        together = step > 1 and scope == "layer" and step * len(group) % width == 0
+        own = step * len(group) // width if together else step
+        stops = [stop for stop in range(len(group) % own or own, len(group) + 1, own) if len(group) > own]
+        for start, stop in zip([0, *stops], stops, strict=False):
+            chosen = ranked[start:stop]
+            turn = turns[stop - 1] if scope == "layer" else sum(scores[i] for i in chosen) / len(chosen) / mean
+            key = (stop / len(group), layer, -1) if together else (turn, "", len(order))
+            order.setdefault(key, set()).update(*(group[i] for i in chosen))
+    for key in sorted(order, key=lambda key: key[0]):
+        yield order[key]
 
 
 def _turns(group: Sequence[Channel], shapes: Mapping[str, list[int]]) -> list[float]:
@@ -233,13 +251,7 @@ def _turns(group: Sequence[Channel], shapes: Mapping[str, list[int]]) -> list[fl
     They are counted in the widest layer that the group is a part of: layers that were equally wide stay so, and so do
     the halves of one that is put together of two, as the native kernels of cells need it.
     """
-    spans: dict[str, list[int]] = {}
-    for channel in group:
-        for name, side, index in channel:
-            if side == "outputs":
-                spans.setdefault(name, []).append(index)
-    widest = max(spans, key=lambda name: shapes[name][0])
-    width, start, stop = shapes[widest][0], min(spans[widest]), max(spans[widest]) + 1
+    _, width, start, stop = _widest(group, shapes)
     if stop - start != len(group):
         return [(rank + 1) / len(group) for rank in range(len(group))]
 
@@ -248,6 +260,17 @@ def _turns(group: Sequence[Channel], shapes: Mapping[str, list[int]]) -> list[fl
         return (2 * count * stop + width) // (2 * width) - (2 * count * start + width) // (2 * width)
 
     return [gone / width for gone in range(1, width + 1) if left(width - gone) < left(width - gone + 1)]
+
+
+def _widest(group: Sequence[Channel], shapes: Mapping[str, list[int]]) -> tuple[str, int, int, int]:
+    """The widest layer that ``group`` is a part of, its width, and from where to where the group's channels lie."""
+    spans: dict[str, list[int]] = {}
+    for channel in group:
+        for name, side, index in channel:
+            if side == "outputs":
+                spans.setdefault(name, []).append(index)
+    widest = max(spans, key=lambda name: (shapes[name][0], name))
+    return widest, shapes[widest][0], min(spans[widest]), max(spans[widest]) + 1
 
 
 def _unparametrised(model: nn.Module) -> nn.Module:

@@ -276,6 +276,45 @@ def test_the_least_important_channels_go(importance, setting):
     assert removed > 4
 
 
+@pytest.mark.parametrize(
+    "kind,scope",
+    [(kind, scope) for kind in ("resnet", "plain", "mlp") for scope in ("layer", "network")] + [("cells", "layer")],
+)
+def test_in_steps_every_layer_keeps_a_multiple_and_the_most_important(kind, scope, make, setting):
+    model, x = _network(kind, make)
+    own = _setting_for(x, setting)
+    widths = {name: len(layer.weight) for name, layer in deployed_layers(model).items()}
+    step = 2
+    assert all(width % step == 0 for width in [*widths.values()][:-1]), "all but the classes"
+    single = _masks(ChannelPruning(0.6, scope=scope).plan(model, own))
+    plan = ChannelPruning(0.6, scope=scope, step=step).plan(model, own)
+    pruned = plan.apply(model)
+    assert parameter_count(pruned) <= 0.6 * parameter_count(model)
+    whole = {
+        (name, side): mask
+        for name, sides in _masks(plan).items()
+        for side, mask in sides.items()
+        if side == "inputs" or name.rpartition(".")[2] not in ("even", "odd")  # halves of a layer
+    }
+    assert not {place: len(mask) for place, mask in whole.items() if int(mask.sum()) % step}
+    odd = [name for name, sides in single.items() for mask in sides.values() if int(mask.sum()) % step]
+    assert odd, "one by one they would not be"
+    for name, sides in _masks(plan).items():
+        for side, mask in sides.items():
+            other = single.get(name, {}).get(side, torch.ones_like(mask))
+            assert bool((mask <= other).all()) or bool((other <= mask).all()), "the same ranking"
+
+
+def test_a_group_that_is_no_multiple_first_becomes_one_and_small_ones_stay(setting):
+    model = _perceptron()  # 10 and 8 hidden units
+    masks = _masks(ChannelPruning(0.8, step=4).plan(model, setting))
+    assert int(masks["1"]["outputs"].sum()) == 8
+    masks = _masks(ChannelPruning(0.9, step=8).plan(model, setting))
+    assert int(masks["1"]["outputs"].sum()) == 8 and "outputs" not in masks.get("3", {})
+    with pytest.raises(InputError, match="with 8 channels left in every layer"):
+        ChannelPruning(0.5, step=8).plan(model, setting)
+
+
 def test_scope_decides_who_competes(setting):
     model = _perceptron()
     layer = _masks(ChannelPruning(0.5, scope="layer").plan(model, setting))
@@ -411,6 +450,7 @@ def test_wrong_settings_are_refused(setting):
         {"importance": "x"},
         {"scope": "x"},
         {"images": 0},
+        {"step": 0},
     ):
         with pytest.raises(InputError):
             ChannelPruning(**wrong)
