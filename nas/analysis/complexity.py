@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from nas.activations.activation import PerPlace
+from nas.compression.masks import left_by
 from nas.model_file import ModelSpec
 from nas.prediction import networks_in, passes_of
 from search_spaces.genotype import Genotype, StageGenotype
@@ -190,10 +191,7 @@ def _nonzero(model: nn.Module) -> int:
                 masked += mask.numel() - int(mask.sum())
             continue
         for parametrisations in module.parametrizations.values():  # type: ignore[union-attr, operator]
-            masks = [mask for one in parametrisations if isinstance(mask := getattr(one, "mask", None), Tensor)]
-            if masks:
-                # Several rounds of pruning: a weight lives if every mask keeps it.
-                alive = torch.stack([mask != 0 for mask in masks]).all(0)
+            if (alive := left_by(parametrisations)) is not None:
                 masked += alive.numel() - int(alive.sum())
     return parameter_count(model) - masked
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,7 +43,15 @@ def kept_by_masks(layer: nn.Module) -> Tensor | None:
     if not parametrize.is_parametrized(layer, "weight"):
         return None
     parts: nn.ModuleDict = layer.parametrizations  # type: ignore[assignment]
-    masks = [mask for part in parts["weight"] if isinstance(mask := getattr(part, "mask", None), Tensor)]  # type: ignore[attr-defined]
+    return left_by(parts["weight"])  # type: ignore[arg-type]
+
+
+def left_by(parametrisations: Iterable[nn.Module]) -> Tensor | None:
+    """Which entries of a tensor all masks among its parametrisations leave, bool; None where there is no mask.
+
+    Several rounds of pruning are several masks.
+    """
+    masks = [mask for part in parametrisations if isinstance(mask := getattr(part, "mask", None), Tensor)]
     return torch.stack([mask != 0 for mask in masks]).all(0) if masks else None
 
 

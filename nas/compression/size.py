@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from nas.compression.masks import left_by
 
 
 @runtime_checkable
@@ -46,9 +47,8 @@ def stored_size(model: nn.Module) -> Size:
             original = [*module.parameters(recurse=False)]
             size = sum(_bytes(tensor) for tensor in original)
             dense += size
-            masks = [mask for part in module if isinstance(mask := getattr(part, "mask", None), Tensor)]
-            if masks and len(original) == 1:
-                alive = torch.stack([mask != 0 for mask in masks]).all(0)
+            alive = left_by(module)
+            if alive is not None and len(original) == 1:
                 size = min(size, int(alive.sum()) * original[0].element_size() + -(-alive.numel() // 8))
             sparse += size
             continue
