@@ -122,15 +122,17 @@ def measure(name: str, turn: float) -> dict[str, Any]:
 def main() -> None:
     """Measure, print a table, keep the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("networks", nargs="*", choices=[*VARIANTS], default=[*VARIANTS])
+    parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of {', '.join(VARIANTS)}; all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--turn", type=float, default=1.0, help="seconds that a network has in a turn")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "compression_speed.json")
     given = parser.parse_args()
+    if unknown := set(given.networks) - set(VARIANTS):
+        parser.error(f"unknown network {', '.join(sorted(unknown))}: choose from {', '.join(VARIANTS)}")
     torch.set_num_threads(given.threads)
     found = json.loads(given.out.read_text()) if given.out.exists() else {}
     found["machine"] = {"platform": platform.platform(), "cores": os.cpu_count(), "torch": torch.__version__}
-    for name in given.networks:
+    for name in given.networks or VARIANTS:
         found[name] = measure(name, given.turn)
         write_text(json.dumps(found, indent=1) + "\n", given.out)
     write_text(table(found), given.out.with_suffix(".md"))
