@@ -98,25 +98,46 @@ def compressed(spec: ModelSpec, model: nn.Module, steps: list[Step]) -> tuple[Mo
 
 
 def measure(name: str, turn: float) -> dict[str, Any]:
-    """Speeds and sizes of every variant of a network."""
+    """Speeds and sizes of every variant of a network, method by method: all of VGG-16 at once would fill 20 GiB."""
     spec = spec_of(name)
     torch.manual_seed(0)
     dense = spec.build().eval()
-    specs, models, seconds = {"dense": spec}, {"dense": dense}, {}
-    for variant, steps in VARIANTS[name].items():
-        begin = time.perf_counter()
-        specs[variant], models[variant] = compressed(spec, dense, steps)
-        seconds[variant] = round(time.perf_counter() - begin, 2)
-    for activation in ("silu", "sparta") if name == "cells" else ():
-        specs[activation] = dataclasses.replace(spec, activation=activation_from_data({"name": activation}))
-        models[activation] = specs[activation].build().eval()
     images = torch.rand(64, *spec.input_shape, generator=generator(0, "benchmark pixels"))
+    methods: dict[str, dict[str, list[Step]]] = {}
+    for variant, steps in VARIANTS[name].items():
+        methods.setdefault(steps[0][0], {})[variant] = steps
+    specs, seconds, found = {"dense": spec}, {}, []
+    for variants in methods.values():
+        models = {"dense": dense}
+        for variant, steps in variants.items():
+            begin = time.perf_counter()
+            specs[variant], models[variant] = compressed(spec, dense, steps)
+            seconds[variant] = round(time.perf_counter() - begin, 2)
+        found.append(throughput(models, images, turn=turn))
+    if name == "cells":
+        for activation in ("silu", "sparta"):
+            specs[activation] = dataclasses.replace(spec, activation=activation_from_data({"name": activation}))
+        models = {one: specs[one].build().eval() for one in ("dense", "silu", "sparta")}
+        found.append(throughput(models, images, turn=turn))
     sizes = {variant: complexity(one) for variant, one in specs.items()}
     return {
         "sizes": {variant: {"parameters": size.parameters, "macs": size.macs} for variant, size in sizes.items()},
         "seconds to compress": seconds,
-        **throughput(models, images, turn=turn),
+        **joined(found),
     }
+
+
+def joined(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Several results of ``throughput`` as one; the dense network's own figures are those of the first."""
+    first, *others = found
+    for other in others:
+        for engine, result in other["engines"].items():
+            into = first["engines"][engine]
+            for batch, rows in result["batches"].items():
+                into["batches"][batch] = {**rows, **into["batches"].get(batch, {})}
+            if "absent" in result:
+                into["absent"] = {**into.get("absent", {}), **result["absent"]}
+    return first
 
 
 def main() -> None:

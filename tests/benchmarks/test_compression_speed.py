@@ -29,7 +29,7 @@ def test_every_variant_is_measured_beside_the_dense_network(monkeypatch, tmp_pat
     assert found["sizes"]["fold_batchnorm"]["macs"] == dense["macs"]
     for batch in ("1", "64"):
         rows = found["engines"]["eager"]["batches"][batch]
-        assert list(rows) == names and rows["dense"]["speed"] == 1
+        assert set(rows) == set(names) and rows["dense"]["speed"] == 1
     table = out.with_suffix(".md").read_text()
     assert all(f"| {name} | {found['sizes'][name]['parameters']:,} |" in table for name in names)
     assert table in capsys.readouterr().out
