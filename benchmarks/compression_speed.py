@@ -156,7 +156,7 @@ def main() -> None:
     for name in given.networks or VARIANTS:
         found[name] = measure(name, given.turn)
         write_text(json.dumps(found, indent=1) + "\n", given.out)
-    write_text(table(found), given.out.with_suffix(".md"))
+        write_text(table(found), given.out.with_suffix(".md"))
     print(table(found))
 
 
@@ -166,11 +166,13 @@ def table(found: Mapping[str, Any]) -> str:
     for name in [name for name in VARIANTS if name in found]:
         result, engines = found[name], found[name]["engines"]
         columns = [(engine, batch) for engine in engines for batch in engines[engine]["batches"]]
-        head = ["network", "parameters", "MACs", *(f"{engine}, batch {batch}" for engine, batch in columns)]
+        measured = [f"{engine}, batch {batch}" for engine, batch in columns]
+        head = ["network", "parameters", "MACs", "seconds to compress", *measured]
         lines += ["", f"## {name}, {result['threads']} thread", "", f"| {' | '.join(head)} |"]
         lines.append("| --- |" + " ---: |" * (len(head) - 1))
         for variant, size in result["sizes"].items():
-            cells = [variant, f"{size['parameters']:,}", f"{size['macs']:,}"]
+            took = result["seconds to compress"].get(variant)
+            cells = [variant, f"{size['parameters']:,}", f"{size['macs']:,}", "" if took is None else f"{took:.1f}"]
             for engine, batch in columns:
                 row = engines[engine]["batches"][batch].get(variant)
                 first = variant == "dense" and row is not None
