@@ -12,6 +12,7 @@ cut off, records lost or doubled, and commands that could not go on.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -46,7 +47,8 @@ VOLATILE = {
 
 SMALL = [
     "search.channels=2", "search.cells=4", "search.batch_size=128", "search.monitored=32", "search.attack.steps=1",
-    "search.gradient={name='first_order'}", "search.stages.0.until=2", "search.stages.1.until=5", "data.validation=0.6",
+    "search.gradient={name='first_order'}", "search.stages.0.until=6", "search.stages.1.until=20",
+    "data.validation=0.6",
     "train.parameters=0", "train.channels=3", "train.epochs=5", "train.batch_size=32", "train.attack.steps=1",
     "train.ema=0.9", "train.validation_attack={name='pgd', steps=1}", "baselines.random=1", "baselines.tolerance=0.5",
     "baselines.plain_depths=[1, 1]", "baselines.plain_widths=[4, 8]",
@@ -169,31 +171,50 @@ def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
         )  # fmt: skip
 
 
-def finish(arguments: list[str], log: Path) -> float:
-    """Carry out a command to its end; its seconds."""
-    begun = time.monotonic()
+def finish(arguments: list[str], log: Path) -> None:
+    """Carry out a command to its end."""
     if start(arguments, log).wait() != 0:
         raise RuntimeError(f"nas {' '.join(arguments)} failed:\n{log.read_text()[-2000:]}")
-    return time.monotonic() - begun
+
+
+def wait_for_work(process: subprocess.Popen[bytes], folder: Path, since: float) -> None:
+    """Until ``process``, started at ``since`` (of the wall clock), has written a file in ``folder``, or has ended."""
+    while process.poll() is None:
+        with contextlib.suppress(OSError):  # a file that is gone again
+            if any(path.stat().st_mtime > since for path in folder.rglob("*")):
+                return
+        time.sleep(0.02)
 
 
 def tortured(subject: Subject, kills: int, place: Path, draw: random.Random) -> dict[str, Any]:
     """Kill ``subject`` so often; what was found."""
     whole, log = place / f"{subject.name}-whole", place / f"{subject.name}.log"
-    seconds = finish(subject.begin(whole), log)
+    arguments, since = subject.begin(whole), time.time()
+    process = start(arguments, log)
+    wait_for_work(process, whole, since)
+    starting = time.time() - since
+    if process.wait() != 0:
+        raise RuntimeError(f"nas {' '.join(arguments)} failed:\n{log.read_text()[-2000:]}")
+    working = time.time() - since - starting
     done, rounds, wrong, where = 0, 0, [], Counter[str]()
     while done < kills:
         folder = place / f"{subject.name}-{rounds}"
         rounds += 1
         for _ in range(min(IN_A_ROW, kills - done)):
-            process = start(_next(subject, folder), log)
+            arguments, since = _next(subject, folder), time.time()
+            process = start(arguments, log)
+            if early := draw.random() < 0.1:  # while it starts; else at any moment of its work
+                pause = draw.uniform(0.0, starting)
+            else:
+                wait_for_work(process, folder, since)
+                pause = draw.uniform(0.0, 0.7 * working)
             try:
-                process.wait(timeout=draw.uniform(0.2, 0.7) * seconds)
+                process.wait(timeout=pause)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 done += 1
-                where[_working_on(folder)] += 1
+                where["imports" if early else _working_on(folder)] += 1
                 if not (folder / "run.json").exists():
                     shutil.rmtree(folder, ignore_errors=True)  # killed while it was made, before there was a run
                 continue
@@ -206,7 +227,8 @@ def tortured(subject: Subject, kills: int, place: Path, draw: random.Random) -> 
         except RuntimeError as error:
             wrong.append(str(error)[-300:])
         shutil.rmtree(folder, ignore_errors=True)
-    return {"kills": done, "finished": rounds, "wrong": wrong, "killed in": dict(where), "seconds": round(seconds, 1)}
+    seconds = {"to start": round(starting, 1), "of work": round(working, 1)}
+    return {"kills": done, "finished": rounds, "wrong": wrong, "killed in": dict(where), "seconds": seconds}
 
 
 def _next(subject: Subject, folder: Path) -> list[str]:
@@ -216,12 +238,12 @@ def _next(subject: Subject, folder: Path) -> list[str]:
 
 
 def _working_on(folder: Path) -> str:
-    """The task whose files were written last."""
+    """The task whose files were written last; "its own files": of none."""
     written = [path for path in folder.rglob("*") if path.is_file() and path.name not in VOLATILE]
     if not written:
-        return "start"
+        return "its own files"
     last = max(written, key=lambda path: path.stat().st_mtime_ns)
-    return last.relative_to(folder).parts[0] if len(last.relative_to(folder).parts) > 1 else "start"
+    return last.relative_to(folder).parts[0] if len(last.relative_to(folder).parts) > 1 else "its own files"
 
 
 def main() -> None:
