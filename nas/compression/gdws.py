@@ -51,10 +51,10 @@ class Gdws:
     step: the kernels of a layer are a multiple of it, but for those of exact rank and for the smallest layers. Engines
     want it: ONNX Runtime takes two to four times as long for channels that are no multiple of 8.
 
-    weights: "relative", alpha = 1 / |W|^2 in every layer, the share of its squared norm that is lost, which needs no
-    data (not of the paper); "adversarial", the paper's, from gradients on attacked images (``error_weights``), with
-    which an error bounds how often decisions change; or "unit", alpha = 1, which compares layers by the scale of their
-    weights, though a normalisation that follows undoes it. For "adversarial": attack makes the images, from
+    weights: "unit", alpha = 1; "relative", alpha = 1 / |W|^2 in every layer, the share of its squared norm that is
+    lost (not of the paper; with it ``error`` has no unit); or "adversarial", the paper's, from gradients on attacked
+    images (``error_weights``), with which an error bounds how often decisions change. The first two need no data; the
+    first keeps most in the comparisons made here. For "adversarial": attack makes the images, from
     ``samples`` training images (all, where there are fewer); competitors: classes beside the predicted one that count,
     those of the largest logits, 0 = all; margin: times the median difference between the two largest logits is added to
     all differences (as squares). Without it, margin = 0 as in the paper, a few images near a decision outweigh all
@@ -65,7 +65,7 @@ class Gdws:
 
     keep: float | None = None
     error: float | None = None
-    weights: Literal["relative", "adversarial", "unit"] = "relative"
+    weights: Literal["unit", "relative", "adversarial"] = "unit"
     samples: int = 1000
     competitors: int = 5
     margin: float = 1.0
@@ -79,8 +79,8 @@ class Gdws:
             raise InputError(f"keep must be above 0 and at most 1, not {self.keep}")
         if self.error is not None and not 0 <= self.error < math.inf:
             raise InputError(f"error must be a finite number of at least 0, not {self.error}")
-        if self.weights not in ("relative", "adversarial", "unit"):
-            raise InputError(f"weights must be 'relative', 'adversarial' or 'unit', not '{self.weights}'")
+        if self.weights not in ("unit", "relative", "adversarial"):
+            raise InputError(f"weights must be 'unit', 'relative' or 'adversarial', not '{self.weights}'")
         if self.samples < 1:
             raise InputError(f"samples must be at least 1, not {self.samples}")
         if self.competitors < 0:
@@ -174,7 +174,7 @@ class Gdws:
         self, model: nn.Module, layers: Mapping[str, nn.Conv2d], setting: Setting | None
     ) -> Mapping[str, Tensor]:
         if setting is None:
-            raise InputError("adversarial weights need data: give them, or set weights to 'relative'")
+            raise InputError("adversarial weights need data: give them, or set weights to 'unit'")
         data, rows = setting.data, setting.split.training
         chosen = subset(data.y_train.cpu()[rows], min(self.samples, len(rows)), generator(setting.seed, "gdws samples"))
         like = next(model.parameters())
@@ -191,7 +191,7 @@ class Gdws:
             for name, alpha in error_weights(model, layers, x, self.competitors, floor).items():
                 sums[name] = sums.get(name, 0) + alpha * (len(x) / len(chosen))
         if not all(bool(alpha.isfinite().all()) for alpha in sums.values()):
-            raise InputError("the gradients that gdws weighs errors by are not finite: set weights to 'relative'")
+            raise InputError("the gradients that gdws weighs errors by are not finite: set weights to 'unit'")
         return sums
 
 

@@ -539,7 +539,7 @@ def test_the_budget_is_met_by_the_numbers_that_the_layers_really_hold(keep):
 @pytest.mark.parametrize("step", [4, 8])
 def test_kernels_come_in_the_multiples_that_engines_want(step):
     _, model = _net()
-    for method in (Gdws(0.6, step=step), Gdws(error=0.3, step=step)):
+    for method in (Gdws(0.6, step=step), Gdws(error=0.3, weights="relative", step=step)):
         kernels = _kernels(method.plan(model), model)
         assert kernels and all(sum(counts) % step == 0 for counts in kernels.values())
     for groups in (1, 2, 3):
@@ -603,7 +603,7 @@ def test_the_error_bounds_what_every_layer_loses():
 
 def test_a_relative_error_is_the_share_of_the_squared_norm_that_is_lost():
     _, model = _net()
-    plan = Gdws(error=0.3).plan(model)
+    plan = Gdws(error=0.3, weights="relative").plan(model)
     implicit, layers = _implicit(model, plan.apply(model)), deployed_layers(model)
     assert _replaced(plan)
     for layer in _replaced(plan):
@@ -612,7 +612,9 @@ def test_a_relative_error_is_the_share_of_the_squared_norm_that_is_lost():
         assert 0.2 < share <= 0.3 and layer.reason.endswith(f"error {share:.3g}")
     with torch.no_grad():
         model.features[6].weight.zero_()
-    assert _kernels(Gdws(error=0.3).plan(model), model)["features.6"] == [1, *[0] * 7], "nothing to lose"
+    assert _kernels(Gdws(error=0.3, weights="relative").plan(model), model)["features.6"] == [1, *[0] * 7], (
+        "nothing to lose"
+    )
 
 
 def test_what_is_separable_is_found_to_be():
@@ -905,7 +907,7 @@ def test_a_budget_below_a_kernel_a_layer_names_what_is_possible():
 
 def test_weighing_without_data_or_numbers_is_refused():
     _, model = _net()
-    with pytest.raises(InputError, match="'relative'"):
+    with pytest.raises(InputError, match="'unit'"):
         Gdws(0.5, weights="adversarial").plan(model)
     with torch.no_grad():
         model.features[6].weight[0, 0, 0, 0] = torch.nan
