@@ -198,7 +198,7 @@ def tortured(subject: Subject, kills: int, place: Path, draw: random.Random) -> 
     working = time.time() - since - starting
     done, rounds, wrong, where = 0, 0, [], Counter[str]()
     while done < kills:
-        folder = place / f"{subject.name}-{rounds}"
+        folder, ended = place / f"{subject.name}-{rounds}", False
         rounds += 1
         for _ in range(min(IN_A_ROW, kills - done)):
             arguments, since = _next(subject, folder), time.time()
@@ -215,14 +215,14 @@ def tortured(subject: Subject, kills: int, place: Path, draw: random.Random) -> 
                 process.wait()
                 done += 1
                 where["imports" if early else _working_on(folder)] += 1
-                if not (folder / "run.json").exists():
-                    shutil.rmtree(folder, ignore_errors=True)  # killed while it was made, before there was a run
                 continue
-            if process.returncode != 0:
+            ended = process.returncode == 0
+            if not ended:
                 wrong.append(f"could not go on: {log.read_text()[-300:]}")
             break
         try:
-            finish(_next(subject, folder), log)
+            if not ended:
+                finish(_next(subject, folder), log)
             wrong += subject.same(folder, whole)
         except RuntimeError as error:
             wrong.append(str(error)[-300:])

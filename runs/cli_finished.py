@@ -66,9 +66,9 @@ def compress(
         trials = context.recipe.evaluate.trials
         evaluation = evaluate_into(context, compressed, trials, folder, surrogates={"the network before": dense})
         result = {"name": folder.name, "role": "compressed", **result, **evaluation}
-        write_json(result, folder / "result.json")
         speed = context.throughput({"before": dense, "compressed": compressed})
         write_json(speed, folder / "throughput.json")
+        write_json(result, folder / "result.json")  # last: with it, all is done
     if as_json:
         print(json.dumps({**result, "throughput": speed}))
         return
@@ -111,14 +111,16 @@ def compression_settings(method: str, keep: float | None, settings: list[str] | 
 
 def _begin(folder: Path, asked: dict[str, Any]) -> None:
     """Make the folder of a compression, or go on in one that the same command began."""
-    from runs.directory import make_folder, read_json, write_json
+    from runs.directory import holds_work, make_folder, read_json, write_json
 
     make_folder(folder)
     note = folder / "compression.json"
-    if not any(folder.iterdir()):
+    if not holds_work(folder, "compression.json.part"):
         write_json(asked, note)
-    elif not note.is_file() or read_json(note) != asked or (folder / "result.json").exists():
+    elif not note.is_file() or read_json(note) != asked:
         raise InputError(f"{folder} holds other work already: choose another --out")
+    elif (folder / "result.json").exists():
+        raise InputError(f"{folder} holds this compression, finished: choose another --out to make it again")
 
 
 def attack(

@@ -122,7 +122,7 @@ def create(
     """A new run directory. Raises ``InputError`` if it cannot be made or is not empty."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
+        if holds_work(path, "environment.json", "environment.json.part", "run.json.part"):
             way = f", or continue it with --resume {path}" if (path / "run.json").is_file() else ""
             raise InputError(f"{path} is not empty: choose another --out{way}")
         write_json(environment(), path / "environment.json")
@@ -130,6 +130,11 @@ def create(
     except OSError as error:
         raise InputError(f"cannot write to {path}: {error.strerror}; choose another folder with --out") from None
     return RunDirectory(path, command, table, genotype)
+
+
+def holds_work(folder: Path, *beginnings: str) -> bool:
+    """Whether there is more in ``folder`` than ``beginnings``: files that a command killed as it began may leave."""
+    return any(path.name not in beginnings for path in folder.iterdir())
 
 
 def open_run(path: Path) -> RunDirectory:

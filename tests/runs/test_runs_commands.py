@@ -245,6 +245,16 @@ def test_compress_leaves_a_folder_with_other_work_alone(run_copy: Path) -> None:
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_compress_goes_on_where_it_was_stopped_while_it_made_its_folder(
+    run_copy: Path, quick: None, tmp_path: Path
+) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "compression.json.part").write_text("{")
+    outcome = nas("compress", run_copy, "--model", "plain", "--keep", "0.5", "--epochs", 0, "--out", tmp_path / "new")
+    assert outcome.status == 0, outcome.err
+    assert not [*(tmp_path / "new").glob("*.part")]
+
+
 def test_compress_into_another_folder(run_copy: Path, quick: None, tmp_path: Path) -> None:
     command = ["compress", run_copy, "--model", "plain", "--set", "keep=1"]
     result = nas(*command, "--out", tmp_path / "new", "--json").json()
@@ -272,16 +282,20 @@ def test_compress_by_several_methods_in_order(run_copy: Path, quick: None) -> No
     assert read(folder / "throughput.json")["engines"]["eager"]["batches"]["1"]["compressed"]["speed"] == 0.5
 
 
-def test_a_compression_that_was_stopped_goes_on(run_copy: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["nas.evaluation.robustness.write_tree", "runs.context.Context.throughput"])
+def test_a_compression_that_was_stopped_goes_on(
+    place: str, run_copy: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = ["compress", run_copy, "--model", "plain", "--epochs", "2", "--json"]
     whole = nas(*command).json()
     (folder,) = run_copy.glob("compress-*")
     before = {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith("events.")}
     shutil.rmtree(folder)
     with monkeypatch.context() as patch:
-        patch.setattr("nas.evaluation.robustness.write_tree", lambda tree, path: 1 / 0)
+        patch.setattr(place, lambda *arguments: 1 / 0)
         assert nas(*command).status == 1
     assert nas(*command).json() == whole
+    assert "finished" in nas(*command).refusal
     after = {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith("events.")}
     assert after == before
 

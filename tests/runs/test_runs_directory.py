@@ -82,6 +82,26 @@ def test_the_record_is_complete_or_there_is_none(tmp_path: Path, monkeypatch: py
     assert written == ["environment.json", "run.json"]
 
 
+def test_what_was_left_when_it_was_stopped_while_it_was_made_is_in_nobodys_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = nas.tensor_file.write_bytes
+
+    def write(content: bytes, path: Path) -> None:
+        path.with_name(path.name + ".part").write_bytes(content[:5])
+        if path.name == "run.json":
+            raise KeyboardInterrupt
+        original(content, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nas.tensor_file.write_bytes", write)
+        with pytest.raises(KeyboardInterrupt):
+            create(tmp_path / "run", "run", TABLE)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"environment.json", "run.json.part"}
+    create(tmp_path / "run", "run", TABLE)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"environment.json", "run.json"}
+
+
 def test_full_disk_while_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(content: bytes, path: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
