@@ -23,7 +23,8 @@ class MagnitudePruning:
     keep: share of the competing weights that stays, above 0 and at most 1.  scope: "global": one ranking;
     "layer": each layer keeps this share.  score: what is ranked: "magnitude", or "normalised" or "lamp", which do not
     depend on the scale of a layer; only of consequence across layers.  floor: least share that stays of each layer,
-    0 (off) to keep.  See ``masks.Selection``. Gradual pruning is several steps of this method, each with its
+    0 (off) to keep: where layers differ much in scale, a ranking without it can empty a whole one, and the network is
+    dead.  See ``masks.Selection``. Gradual pruning is several steps of this method, each with its
     fine-tuning: what is masked before stays so, and ``keep`` always counts all weights.
     """
 
@@ -32,7 +33,7 @@ class MagnitudePruning:
     keep: float = 0.5
     scope: Scope = "global"
     score: Score = "magnitude"
-    floor: float = 0.0
+    floor: float = 0.005
 
     def __post_init__(self) -> None:
         self._selection()
