@@ -35,7 +35,8 @@ class AdmmPruning:
     leaves U as it is). What is smallest in W at the end is masked, and the rest fine-tuned.
 
     keep: share of the competing weights that stays, above 0 and at most 1.  scope: "global": of all together;
-    "layer": of each alike (there, the share of each layer is set by hand).  epochs: of this training, before
+    "layer": of each alike (there, the share of each layer is set by hand).  floor: least share that stays of each
+    layer, part of S; 0: none.  epochs: of this training, before
     fine-tuning; with 0 the mask is that of magnitude.  rho: pull at first; what counts is rho x learning rate x steps.
     The paper's 0.001 (learning rate 0.01, 200 epochs of 390 steps, interval 20) is far too weak for short training.
     """
@@ -48,6 +49,7 @@ class AdmmPruning:
     interval: int = 1
     rho: float = 0.3
     growth: float = 1.3
+    floor: float = 0.005
 
     def __post_init__(self) -> None:
         self._selection()
@@ -114,7 +116,7 @@ class AdmmPruning:
         return {name: weight * masks[name] for name, weight in weights.items()}
 
     def _selection(self) -> Selection:
-        return Selection(self.keep, self.scope)
+        return Selection(self.keep, self.scope, floor=self.floor)
 
 
 PLUGIN = AdmmPruning

@@ -64,7 +64,7 @@ def _x(n=6, seed=0):
 @pytest.mark.parametrize("keep", [1.0, 0.5, 0.333, 0.1, 1e-9])
 def test_the_share_is_exact_and_the_largest_weights_stay(keep, kind, make):
     _, model = make(kind)
-    pruned = MagnitudePruning(keep).plan(model).apply(model)
+    pruned = MagnitudePruning(keep, floor=0.0).plan(model).apply(model)
     masks, layers = _masks(pruned), _layers(model)
     total = sum(mask.numel() for mask in masks.values())
     kept = sum(int(mask.sum()) for mask in masks.values())
@@ -92,10 +92,12 @@ def test_other_rankings_and_a_floor_move_weights_between_layers(options, kind, m
     with torch.no_grad():  # a layer that one threshold would leave nothing of
         small = next(name for name in _masks(MagnitudePruning().plan(model).apply(model)))
         _layers(model)[small].weight.mul_(1e-3)
-    default, other = (_masks(method.plan(model).apply(model)) for method in
-                      (MagnitudePruning(0.3), MagnitudePruning(0.3, **options)))  # fmt: skip
-    assert sum(int(mask.sum()) for mask in other.values()) == sum(int(mask.sum()) for mask in default.values())
-    assert not bool(default[small].any())
+    others = MagnitudePruning(0.3, floor=0.0), MagnitudePruning(0.3, **({"floor": 0.0} | options))
+    plain, other = (_masks(method.plan(model).apply(model)) for method in others)
+    assert sum(int(mask.sum()) for mask in other.values()) == sum(int(mask.sum()) for mask in plain.values())
+    assert not bool(plain[small].any())
+    default = _masks(MagnitudePruning(0.3).plan(model).apply(model))[small]
+    assert int(default.sum()) == math.ceil(0.005 * default.numel()), "a network without a layer is dead"
     assert int(other[small].sum()) >= max(1, options.get("floor", 0) * other[small].numel())
 
 
