@@ -289,11 +289,15 @@ def _conclude(directory: Any, as_json: bool, recipe: list[str]) -> None:
     """Print what a finished run found and the next useful commands. recipe: the arguments that name it."""
     path = directory.path
     if directory.command == "search":
+        from nas.report.doubts import collapsed
+
         genotype = path / "search" / "genotype.json"
         if as_json:
             print(genotype.read_text(encoding="utf-8"))
             return
         topology_table(directory.needed("analyse")["topology"])
+        for line in collapsed(directory.needed("search")["epochs"]):
+            out_console.print(line, markup=False, highlight=False)
         next_commands(["nas", "analyse", genotype], ["nas", "train", *recipe, "--genotype", genotype])
         return
     results = json.loads((path / "results.json").read_text(encoding="utf-8"))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from nas.evaluation.interval import wilson
+from nas.search.monitor import REMEDY, collapsing
 
 
 def guessing(natural: Mapping[str, float], n: int, classes: int) -> list[str]:
@@ -31,6 +33,14 @@ def masking(failed: Mapping[str, Sequence[str]]) -> list[str]:
         return []
     told = "; ".join(f"{listed(names)} ({', '.join(checks)})" for checks, names in groups.items())
     return [f"Masking checks failed, robust accuracy may be overstated: {told}."]
+
+
+def collapsed(epochs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line on a search whose last epoch, of ``epochs``, left cells of skip connections and pools."""
+    found = collapsing(epochs[-1].get("parameter_free_edges") or {}) if epochs else []
+    if not found:
+        return []
+    return [f"The search may have collapsed: {listed(found)} are skips or pools. To avoid it, {REMEDY}."]
 
 
 MANY = 6

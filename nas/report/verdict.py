@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nas.evaluation.interval import wilson
-from nas.report.doubts import guessing, masking
+from nas.report.doubts import collapsed, guessing, masking
 
 Model = Mapping[str, Any]
 
@@ -109,7 +109,8 @@ def _doubts(results: Mapping[str, Any]) -> list[str]:
     natural = {str(model.get("name", "?")): model["natural"] for model in models if model.get("natural") is not None}
     counts = sorted({model["n"] for model in models if model.get("n")})
     classes = (results.get("data") or {}).get("classes")
-    lines = guessing(natural, counts[0], len(classes)) if counts and classes else []
+    lines = collapsed((results.get("search") or {}).get("epochs") or ())
+    lines += guessing(natural, counts[0], len(classes)) if counts and classes else []
     failed = {
         str(model.get("name", "?")): [
             str(check.get("name")) for check in model.get("checks") or () if check.get("verdict") == "fail"

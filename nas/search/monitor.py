@@ -36,13 +36,24 @@ def parameter_free_edges(genotype: Genotype) -> dict[str, tuple[int, int]]:
     return counts
 
 
+def collapsing(edges: Mapping[str, Sequence[int]]) -> list[str]:
+    """How far each kind of cell that fills with skip connections or pools has; edges: ``parameter_free_edges``."""
+    return [
+        f"{free} of {total} edges of the {kind} cell"
+        for kind, (free, total) in edges.items()
+        if free / total >= COLLAPSE_SHARE
+    ]
+
+
+REMEDY = "lower the architecture learning rate, stop earlier, or use the unrolled gradient"
+"""For a search that collapses."""
+
+
 def collapse_warnings(genotype: Genotype, epoch: int) -> list[str]:
     """One line for each kind of cell that is filling with skip connections or pools."""
     return [
-        f"epoch {epoch}: {free} of {total} edges of the {kind} cell are skips or pools; the search may be collapsing "
-        "(lower the architecture learning rate, stop earlier, or use the unrolled gradient)"
-        for kind, (free, total) in parameter_free_edges(genotype).items()
-        if free / total >= COLLAPSE_SHARE
+        f"epoch {epoch}: {part} are skips or pools; the search may be collapsing ({REMEDY})"
+        for part in collapsing(parameter_free_edges(genotype))
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nas.report.doubts import guessing, listed, masking
+from nas.report.doubts import collapsed, guessing, listed, masking
 
 
 def test_who_only_guesses_is_named_and_who_knows_something_is_not() -> None:
@@ -21,6 +21,17 @@ def test_networks_that_failed_the_same_checks_stand_together() -> None:
     (line,) = masking({"a": ["steps"], "b": ["steps", "noise"], "c": ["steps"]})
     assert line.endswith("overstated: a and c (steps); b (steps, noise).")
     assert masking({}) == []
+
+
+def test_a_search_is_judged_by_its_last_epoch() -> None:
+    begun = {"parameter_free_edges": {"accurate": [8, 8], "robust": [0, 8]}}
+    ended = {"parameter_free_edges": {"accurate": [5, 8], "reduction": [6, 8], "robust": [8, 8]}}
+    (line,) = collapsed([begun, ended])
+    assert (
+        "collapsed: 6 of 8 edges of the reduction cell and 8 of 8 edges of the robust cell are skips or pools" in line
+    )
+    assert "learning rate" in line
+    assert collapsed([ended, {"parameter_free_edges": {"accurate": [5, 8]}}]) == collapsed([]) == collapsed([{}]) == []
 
 
 def test_lists_in_words() -> None:

@@ -91,6 +91,12 @@ def test_numbers_in_doubt_are_named():
     assert any("not measured with the same attacks" in line for line in lines)
 
 
+def test_a_search_that_collapsed_is_named():
+    searched = {"epochs": [{"epoch": 0, "parameter_free_edges": {"robust": [8, 8]}}], "warnings": []}
+    lines = verdict({"models": [network("searched", 0.9)], "search": searched})
+    assert "may have collapsed: 8 of 8 edges of the robust cell" in lines[-1]
+
+
 def test_about_three_lines_for_a_whole_run(results):
     assert len(verdict(results)) == 4
     del results["models"][-1]["checks"]
