@@ -4,7 +4,8 @@
     python -m benchmarks.compression_speed resnet-18 --threads 2
 
 Weights are drawn, not trained: speed depends on shapes. Of trained weights CSTAR and GDWS would share their budgets out
-otherwise over the layers. Networks take turns, each figure is the median of the ratio to the dense network.
+otherwise over the layers; GDWS here by the share of each layer's norm, since drawn layers differ in scale. Networks
+take turns, each figure is the median of the ratio to the dense network.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ def shares(name: str, **more: Any) -> dict[str, list[Step]]:
 
 VARIANTS: dict[str, dict[str, list[Step]]] = {
     "resnet-18": {
-        **shares("gdws"), **shares("cstar", epochs=0, step=8), **shares("channel_pruning", step=8),
+        **shares("gdws", weights="relative"), **shares("cstar", epochs=0, step=8), **shares("channel_pruning", step=8),
         "channel_pruning 0.5, step 1": [("channel_pruning", {"keep": 0.5})],
         "fold_batchnorm": [("fold_batchnorm", {})], "int8": [("int8", {})],
     },
     "vgg-16": {
-        **shares("gdws"), **shares("cstar", epochs=0, step=8), **shares("channel_pruning", step=8),
+        **shares("gdws", weights="relative"), **shares("cstar", epochs=0, step=8), **shares("channel_pruning", step=8),
         "channel_pruning 0.5, step 1": [("channel_pruning", {"keep": 0.5})],
         **{f"arlst {keep:g}": [("arlst", {"keep": keep, "start": "scratch", "modes": modes})]
            for keep, modes in ((0.1, 2), (0.02, 2), (0.005, 3))},
