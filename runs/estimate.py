@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -146,12 +147,11 @@ class _Clock:
     def log(self, record: Mapping[str, Any]) -> None:
         self.epochs.append(self.now())
 
-    def step(self, epoch: int = 0) -> float:
-        """Seconds of a step of ``epoch``, without its first, which makes what is made once."""
-        ends = self.steps[epoch * STEPS : (epoch + 1) * STEPS]
-        return (ends[-1] - ends[0]) / (len(ends) - 1)
+    def step(self, epoch: int) -> float:
+        """Seconds of the quickest step of ``epoch``: others may have had to wait, or make what is made once."""
+        return min(end - begin for begin, end in pairwise(self.steps[epoch * STEPS : (epoch + 1) * STEPS]))
 
-    def after(self, epoch: int = 0) -> float:
+    def after(self, epoch: int) -> float:
         """Seconds between the last step of ``epoch`` and its end."""
         return self.epochs[epoch] - self.steps[(epoch + 1) * STEPS - 1]
 
@@ -201,18 +201,18 @@ def _epoch(context: Context, work: _Work) -> tuple[float, float]:
     def carry_out(batch_size: int) -> _Clock:
         clock = _Clock(context.device)
         few = Split(_first(parts.training, STEPS * batch_size), parts.weights[:0], _first(parts.validation, batch_size))
-        short = dataclasses.replace(training, epochs=1, batch_size=batch_size, ema=0.0, swa=0.0)
+        short = dataclasses.replace(training, epochs=2, batch_size=batch_size, ema=0.0, swa=0.0)
         train(
             copy.deepcopy(model), context.data, few, objective, short,
             validation_attack=work.train.validation_attack, seed=0, log=clock.log, tick=clock.tick,
         )  # fmt: skip
         return clock
 
-    clock, batch_size = _patiently(training.batch_size, carry_out, STEPS)
+    clock, batch_size = _patiently(training.batch_size, carry_out, 2 * STEPS)
     validated = min(batch_size, len(parts.validation))
-    image = clock.after() / validated
+    image = clock.after(1) / validated  # the first epoch may go without validation, or makes what is made once
     steps = batch_count(len(parts.training), training.batch_size, True)
-    epoch = steps * clock.step() * training.batch_size / batch_size + len(parts.validation) * image
+    epoch = steps * min(clock.step(0), clock.step(1)) * training.batch_size / batch_size + len(parts.validation) * image
     return epoch, image / _passes_of({"validation": Trial(work.train.validation_attack)}, context, checks=False)
 
 
